@@ -1,3 +1,4 @@
+#!/usr/bin/env node
 /**
  * aembit-auth: log an AWS workload in to Aembit, without the AWS SDK and without dependencies.
  *
@@ -39,6 +40,7 @@
  */
 
 import { createHash, createHmac } from "node:crypto";
+import { setTimeout as sleep } from "node:timers/promises";
 
 /** The version of this file; package.json and `--version` say the same. */
 export const VERSION = "1.0.0";
@@ -144,7 +146,7 @@ export interface AembitCredentials {
   readonly credentialType: string;
   /** `null`: the credential does not expire. */
   readonly expiresAt: Date | null;
-  /** By type: `apiKey`; `username`, `password`; `token`; `awsAccessKeyId`, … Values are hidden. */
+  /** By type: `apiKey`; `username`, `password`; `token`; `awsAccessKeyId`, … Values hidden. */
   readonly data: Readonly<Record<string, unknown>>;
 }
 
@@ -168,12 +170,7 @@ export interface EcsMetadata {
 
 /** The headers of a signed `GetCallerIdentity`, and the region whose STS they are for. */
 export interface StsGetCallerIdentity {
-  readonly headers: {
-    readonly "Content-Type": string;
-    readonly "X-Amz-Date": string;
-    readonly "X-Amz-Security-Token"?: string;
-    readonly Authorization: string;
-  };
+  readonly headers: SignedHeaders & { readonly "Content-Type": string };
   readonly region: string;
 }
 
@@ -221,8 +218,15 @@ export interface SignedRequest {
   readonly stringToSign: string;
   readonly signature: string;
   readonly authorization: string;
-  /** `X-Amz-Date`, `X-Amz-Security-Token` with a session token, `Authorization`. */
-  readonly headers: Record<string, string>;
+  /** To be added to the request. */
+  readonly headers: SignedHeaders & Record<string, string>;
+}
+
+/** The security token is there when the credentials carry a session token. */
+export interface SignedHeaders {
+  readonly "X-Amz-Date": string;
+  readonly "X-Amz-Security-Token"?: string;
+  readonly Authorization: string;
 }
 
 // --- 2. Errors ---
@@ -241,19 +245,21 @@ export type AembitAuthErrorCode =
   | "invalid_edge_response"
   | "timeout";
 
-/** Exit status of the command for each code, and whether the same call may succeed later. */
-const ERRORS: Readonly<Record<AembitAuthErrorCode, readonly [exit: number, retryable?: true]>> = {
+/** The command's exit status for each code, what to do, and whether waiting may help. */
+const ERRORS: Readonly<Record<AembitAuthErrorCode, ErrorRow>> = {
   invalid_config: [2],
   no_aws_credentials: [3],
   invalid_aws_credentials: [3],
-  metadata_unavailable: [3, true],
+  metadata_unavailable: [3, "", true],
   no_region: [3],
-  edge_rejected: [4],
-  no_matching_policy: [4],
-  edge_unavailable: [5, true],
-  invalid_edge_response: [5],
-  timeout: [5, true],
+  edge_rejected: [4, "check the client ID's Trust Provider"],
+  no_matching_policy: [4, "no Access Policy grants it"],
+  edge_unavailable: [5, "check the Edge URL, or wait", true],
+  invalid_edge_response: [5, "expected JSON; check the Edge URL"],
+  timeout: [5, "", true],
 };
+
+type ErrorRow = readonly [exit: number, hint?: string, retryable?: true];
 
 /** Facts that go with an {@link AembitAuthError}. */
 export interface AembitAuthErrorDetails {
@@ -273,17 +279,18 @@ export interface AembitAuthErrorDetails {
 export class AembitAuthError extends Error {
   static {
     // On the prototype, so that it survives minifiers and is not repeated in each inspection.
-    Object.defineProperty(this.prototype, "name", { value: "AembitAuthError" });
+    this.prototype.name = "AembitAuthError";
   }
   readonly code: AembitAuthErrorCode;
-  readonly status?: number;
   readonly retryable: boolean;
-  readonly attempts?: number;
+  // Declared only: a field would be there, and shown, as undefined.
+  declare readonly status?: number;
+  declare readonly attempts?: number;
 
   constructor(code: AembitAuthErrorCode, message: string, details: AembitAuthErrorDetails = {}) {
-    super(message, details.cause === undefined ? undefined : { cause: details.cause });
+    super(message, details.cause ? details : undefined);
     this.code = code;
-    this.retryable = details.retryable ?? ERRORS[code][1] ?? false;
+    this.retryable = details.retryable ?? ERRORS[code][2] ?? false;
     if (details.status !== undefined) this.status = details.status;
     if (details.attempts !== undefined) this.attempts = details.attempts;
   }
@@ -304,7 +311,7 @@ function assertConfig(right: unknown, message: string): asserts right {
  * @throws {AembitAuthError} with any code but `no_matching_policy`
  * @see https://docs.aembit.io/api-guide/edge/endpoints/auth
  */
-export async function authenticate(options?: AembitAuthOptions): Promise<AembitToken> {
+export function authenticate(options?: AembitAuthOptions): Promise<AembitToken> {
   return runCall(options, newMemory(), exchange);
 }
 
@@ -314,7 +321,7 @@ export async function authenticate(options?: AembitAuthOptions): Promise<AembitT
  *
  * @throws {AembitAuthError} when there are no credentials or no region
  */
-export async function createAuthRequest(options?: AembitAuthOptions): Promise<AuthRequest> {
+export function createAuthRequest(options?: AembitAuthOptions): Promise<AuthRequest> {
   return runCall(options, newMemory(), async (call) => {
     const { clientId } = readEdge(call);
     return { clientId, client: attest(call, await gatherEvidence(call)) };
@@ -322,17 +329,17 @@ export async function createAuthRequest(options?: AembitAuthOptions): Promise<Au
 }
 
 /** Finds AWS credentials as {@link authenticate} would. Key and token are hidden in the result. */
-export async function loadAwsCredentials(options?: AembitAuthOptions): Promise<AwsCredentials> {
+export function loadAwsCredentials(options?: AembitAuthOptions): Promise<AwsCredentials> {
   return runCall(options, newMemory(), findCredentials);
 }
 
 /** Finds the region as {@link authenticate} would. */
-export async function resolveRegion(options?: AembitAuthOptions): Promise<string> {
+export function resolveRegion(options?: AembitAuthOptions): Promise<string> {
   return runCall(options, newMemory(), findRegion);
 }
 
 /** Reads the container and task metadata of ECS. Off ECS it is `invalid_config`. */
-export async function readEcsMetadata(options?: AembitAuthOptions): Promise<EcsMetadata> {
+export function readEcsMetadata(options?: AembitAuthOptions): Promise<EcsMetadata> {
   return runCall(options, newMemory(), fetchEcsMetadata);
 }
 
@@ -342,20 +349,14 @@ export async function readEcsMetadata(options?: AembitAuthOptions): Promise<EcsM
  * @throws {AembitAuthError} `invalid_config` for anything that is not an Edge SDK Client ID
  */
 export function edgeUrlFromClientId(clientId: string): string {
+  assertConfig(isClientId(clientId), `clientId must be ${CLIENT_ID_FORM}`);
   return originOfClientId(clientId);
 }
 
 /** One exchange within a call: nothing is sent before the whole configuration has been read. */
 async function exchange(call: Call): Promise<AembitToken> {
-  const { clientId, origin } = readEdge(call);
-  const evidence = await gatherEvidence(call);
-  const reply = await postSigned(call, {
-    what: "exchange",
-    url: `${origin}/edge/v1/auth`,
-    headers: edgeHeaders(call),
-    body: () => JSON.stringify({ clientId, client: attest(call, evidence) }),
-  });
-  return parseToken(reply);
+  const { clientId } = readEdge(call);
+  return parseToken(await postSigned(call, "auth", { clientId }));
 }
 
 /** All that a signed request is made of, but for the time. */
@@ -398,13 +399,12 @@ async function gatherEvidence(call: Call): Promise<Evidence> {
     if (!memory.reading || memory.reading.ended) {
       memory.reading = new Shared((own) => readEvidence({ ...call, signal: own, once: {} }));
     }
-    call.progress.step = "reading AWS credentials";
     try {
       memory.evidence = evidence = await memory.reading.join(signal);
     } catch (error) {
       signal.throwIfAborted();
       if (!evidence || lifeLeftMs <= 0) throw error;
-      call.log.warn("AWS credentials cannot be read again; using the old ones");
+      call.logger.warn("cannot read AWS credentials again, using the old ones");
     }
   }
   keepSecret(call, evidence.credentials.secretAccessKey, evidence.credentials.sessionToken);
@@ -414,7 +414,6 @@ async function gatherEvidence(call: Call): Promise<Evidence> {
 /** Reads at the same time what does not depend on each other, and fails in a fixed order. */
 async function readEvidence(call: Call): Promise<Evidence> {
   // What is malformed is reported before anything is asked of anyone.
-  if (call.region) parseRegion(call.region, call.from["region"]);
   ecsMetadataBase(call);
   const credentials = findCredentials(call);
   const region = findRegion(call);
@@ -462,12 +461,13 @@ interface HeldToken {
  * The constructor reads nothing and never throws; bad options reject the first call.
  */
 export class AembitAuth {
-  readonly #options: AembitAuthOptions | undefined;
-  readonly #memory: Memory = newMemory();
-  readonly #renewShare: number = RENEW_SHARE + Math.random() * SPREAD_SHARE;
+  #options: AembitAuthOptions | undefined;
+  #memory: Memory = newMemory();
+  #renewShare: number = RENEW_SHARE + Math.random() * SPREAD_SHARE;
   #held: HeldToken | undefined;
   #running: Shared<AembitToken> | undefined;
-  #forced: Shared<AembitToken> | undefined;
+  #renewal: Shared<AembitToken> | undefined;
+  #forced = false;
   #failedMs = -Infinity;
 
   constructor(options?: AembitAuthOptions) {
@@ -515,17 +515,9 @@ export class AembitAuth {
 
   /** Asks with the token in hand; a 401 takes the token away from this and all other callers. */
   async #askCredentials(call: Call, wanted: CredentialsBody): Promise<Reply> {
-    const { origin } = readEdge(call);
-    call.progress.step = "waiting for an access token";
     const { accessToken } = await this.getToken({ signal: call.signal });
-    const evidence = await gatherEvidence(call);
     keepSecret(call, accessToken);
-    const reply = await postSigned(call, {
-      what: "credential",
-      url: `${origin}/edge/v1/credentials`,
-      headers: { ...edgeHeaders(call), Authorization: `Bearer ${accessToken}` },
-      body: () => JSON.stringify({ client: attest(call, evidence), ...wanted }),
-    });
+    const reply = await postSigned(call, "credentials", wanted, accessToken);
     // Another caller may have replaced the token already: only the refused one is dropped.
     const refused = reply.status === 401 && this.#held?.token.accessToken === accessToken;
     if (refused) this.#held = undefined;
@@ -544,34 +536,27 @@ export class AembitAuth {
 
   /** A failure stays silent while the held token serves; later calls try again. */
   #renewBehind(): void {
-    const pausing = Math.abs(this.#nowMs() - this.#failedMs) < RENEWAL_PAUSE_MS;
-    if (pausing || this.#inFlight(false)) return;
+    if (Math.abs(this.#nowMs() - this.#failedMs) < RENEWAL_PAUSE_MS) return;
     const renewal = this.#exchange(false);
-    renewal.background = true;
-    renewal.result.catch(() => {
+    if (renewal === this.#renewal) return;
+    this.#renewal = renewal;
+    // Waits for it itself, so that it goes on when every other caller has gone.
+    renewal.join(undefined).catch(() => {
       this.#failedMs = this.#nowMs();
     });
   }
 
-  /** A forced exchange serves everybody; one that was not forced does not serve a forced call. */
-  #inFlight(forced: boolean): Shared<AembitToken> | undefined {
-    const candidates = forced ? [this.#forced] : [this.#running, this.#forced];
-    return candidates.find((shared) => shared && !shared.ended);
-  }
-
-  /** The exchange under way, or a new one. */
+  /** The exchange under way, or a new one. One that was not forced serves no forced call. */
   #exchange(forced: boolean): Shared<AembitToken> {
-    const running = this.#inFlight(forced);
-    if (running) return running;
-    const started = new Shared(async (signal) => {
+    const running = this.#running;
+    if (running && !running.ended && (!forced || this.#forced)) return running;
+    this.#forced = forced;
+    return this.#running = new Shared(async (signal) => {
       const token = await runCall(this.#options, this.#memory, exchange, signal);
       const endsMs = token.expiresAt.getTime();
       this.#held = { token, endsMs, lifeMs: endsMs - this.#nowMs() };
       return token;
     });
-    if (forced) this.#forced = started;
-    else this.#running = started;
-    return started;
   }
 }
 
@@ -588,24 +573,29 @@ const MAX_TIMEOUT_MS = 2 ** 31 - 1;
 const MAX_TEXT = 2048;
 /** Characters that may stand in a header without a second look. */
 const VISIBLE_ASCII = /^[\x21-\x7e]+$/;
-/** What IDs, ARNs, regions and URLs are made of. */
-const TEXT = `visible ASCII without spaces, at most ${MAX_TEXT}`;
+/** What IDs are made of. */
+const TEXT = `visible ASCII, at most ${MAX_TEXT}`;
+const CLIENT_ID_FORM = "aembit:{stack}:{tenant}:identity:{type}:{uuid}";
+/** Stack and tenant become parts of a host name: nothing but host labels may stand there. */
+const CLIENT_ID =
+  /^aembit(:(?!-)[a-z\d-]{1,63}(?<!-)){2}:identity:[\w-]+:[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}$/i;
+const LAMBDA_ARN = /^arn:[\w-]+:lambda:[a-z\d-]+:\d{12}:function:[\w-]+(:[\w$-]+)?$/;
+const A_REGION = "a region such as us-east-1";
+const REGION = /^[a-z]{2,}(-[a-z\d]+)+-\d+$/;
 const SOURCES = "auto|env|web-identity|ecs|imds";
 const ECS_MODES = "auto|require|omit";
-
-const SILENCE: AembitLogger = { debug() {}, warn() {} };
 
 /** What an option must be, how that is told, and the variables that stand in for it. */
 type OptionRow = readonly [check: (value: unknown) => boolean, rule: string, ...string[]];
 
-/** Every option but `credentials`, which is a source. The first ten are flags as well. */
+/** Every option but `credentials`, which is a source. The first eight are flags as they stand. */
 const OPTIONS: Readonly<Record<string, OptionRow>> = {
-  clientId: [isShortText, TEXT, "AEMBIT_CLIENT_ID"],
-  edgeUrl: [isShortText, TEXT, "AEMBIT_EDGE_BASE_URL"],
+  clientId: [isClientId, CLIENT_ID_FORM, "AEMBIT_CLIENT_ID"],
+  edgeUrl: [isEdgeUrl, "https://{host}", "AEMBIT_EDGE_BASE_URL"],
   resourceSetId: [isShortText, TEXT, "AEMBIT_RESOURCE_SET_ID"],
   clientWorkloadId: [isShortText, TEXT, "CLIENT_WORKLOAD_ID"],
-  region: [isShortText, TEXT, "AWS_REGION", "AWS_DEFAULT_REGION"],
-  lambdaArn: [(v) => isShortText(v) && /^\s*arn:[\w-]+:lambda:/.test(v), "a function's ARN"],
+  region: [isRegion, A_REGION, "AWS_REGION", "AWS_DEFAULT_REGION"],
+  lambdaArn: [(v) => isShortText(v) && LAMBDA_ARN.test(v), "a function's ARN"],
   source: [isOneOf(SOURCES), SOURCES],
   ecsMetadata: [isOneOf(ECS_MODES), ECS_MODES],
   timeoutMs: [(v) => isWithin(v, MAX_TIMEOUT_MS), "up to 24 days"],
@@ -635,114 +625,98 @@ interface Config {
   readonly maxAttempts: number;
   readonly signal?: AbortSignal;
   readonly fetch: typeof globalThis.fetch;
-  /** With a transport of the caller's own, proxies are the caller's business. */
-  readonly ownFetch: boolean;
   readonly now: () => number;
   /** A variable, trimmed unless it is wanted raw; empty is unset, as in every AWS SDK. */
   readonly env: (name: string, raw?: "raw") => string | undefined;
-  readonly log: AembitLogger;
-  /** Where each option came from, for messages. */
-  readonly from: Readonly<Record<string, string>>;
+  readonly logger: AembitLogger;
 }
 
 /** An option is what was given, else its variable, else its default. */
 function readOptions(options: AembitAuthOptions = {}): Config {
   assertConfig(isRecord(options), "options must be an object");
-  const { fetch, logger, credentials, env: variables }: AembitAuthOptions = options;
+  const { credentials, env: variables }: AembitAuthOptions = options;
   const set: Record<string, unknown> = {};
-  const from: Record<string, string> = {};
   const env: Config["env"] = (name, raw) => {
     const all: Readonly<Record<string, unknown>> = variables ?? process.env;
-    const value = Object.hasOwn(all, name) ? all[name] ?? "" : "";
-    assertConfig(typeof value === "string", `the variable ${name} must be a string`);
+    const value = all[name] ?? "";
+    assertConfig(isString(value), `the variable ${name} must be a string`);
     return (raw ? value : value.trim()) || undefined;
   };
   for (const [name, [isRight, rule, ...names]] of Object.entries(OPTIONS)) {
     const given: unknown = options[name];
     const variable = given === undefined ? names.find((candidate) => env(candidate)) : undefined;
-    const value = variable ? env(variable) : given;
-    if (value === undefined) continue;
-    from[name] = variable ?? nameOf(name);
-    assertConfig(isRight(value), `${from[name]} must be ${rule}`);
-    set[name] = typeof value === "string" ? value.trim() : value;
+    const found = variable ? env(variable) : given;
+    if (found === undefined) continue;
+    const value = isString(found) ? found.trim() : found;
+    assertConfig(isRight(value), `${variable ?? nameOf(name)} must be ${rule}`);
+    set[name] = value;
   }
   return {
     source: "auto",
     ecsMetadata: "auto",
     timeoutMs: DEFAULT_TIMEOUT_MS,
     maxAttempts: DEFAULT_MAX_ATTEMPTS,
+    fetch: globalThis.fetch,
     now: Date.now,
+    logger: { debug() {}, warn() {} },
     ...set,
     credentials,
-    fetch: fetch ?? globalThis.fetch,
-    ownFetch: fetch !== undefined,
     env,
-    log: logger ?? SILENCE,
-    from,
   };
 }
 
 /** `clientId (--client-id)`: as it is known in a program and on the command line. */
 function nameOf(option: string): string {
-  return `${option} (--${toFlag(option)})`;
+  return `${option} (${toFlag(option)})`;
 }
 
 function toFlag(option: string): string {
-  return option.replace("Ms", "").replace(/[A-Z]/g, (capital) => `-${capital.toLowerCase()}`);
+  const words = option.replace("Ms", "").replace(/[A-Z]/g, "-$&");
+  return `--${words.toLowerCase()}`;
 }
 
 function readCallOptions(options: TokenOptions = {}, client?: AembitAuthOptions): TokenOptions {
   assertConfig(isRecord(options), "options must be an object");
-  const { signal }: TokenOptions = options;
+  const { signal, forceRefresh = false }: TokenOptions = options;
   assertConfig(signal === undefined || isSignal(signal), "signal must be an AbortSignal");
+  assertConfig(typeof forceRefresh === "boolean", "forceRefresh must be a boolean");
   signal?.throwIfAborted();
   if (client?.signal?.aborted) throw client.signal.reason;
   return options;
 }
 
-/** Stack and tenant become parts of a host name: nothing but host labels may stand there. */
-const CLIENT_ID = new RegExp(
-  "^aembit:(L):(L):identity:[\\w-]+:[\\da-f]{8}(-[\\da-f]{4}){3}-[\\da-f]{12}$"
-    .replaceAll("L", "[a-z\\d](?:[a-z\\d-]{0,61}[a-z\\d])?"),
-  "i",
-);
+function isClientId(value: unknown): value is string {
+  return isShortText(value) && CLIENT_ID.test(value);
+}
 
-function originOfClientId(clientId: unknown, from = "clientId"): string {
-  const [, stack, tenant] = isShortText(clientId) ? CLIENT_ID.exec(clientId) ?? [] : [];
-  const form = "aembit:{stack}:{tenant}:identity:{type}:{uuid}";
-  assertConfig(stack && tenant, `${from} must be an Edge SDK Client ID, ${form}`);
+function originOfClientId(clientId: string): string {
+  const [, stack, tenant] = clientId.split(":");
   return `https://${tenant}.ec.${stack}.aembit.io`.toLowerCase();
 }
 
 /** Whom to ask. The client ID is required even where the URL is given: Aembit looks it up. */
-function readEdge(call: Call): { readonly clientId: string; readonly origin: string } {
-  const { clientId, edgeUrl, from } = call;
+function readEdge({ clientId, edgeUrl }: Call): { readonly clientId: string; origin: string } {
   assertConfig(clientId, "clientId (--client-id) or AEMBIT_CLIENT_ID must be set");
-  const derived = originOfClientId(clientId, from["clientId"]);
-  return { clientId, origin: edgeUrl ? originOfEdgeUrl(edgeUrl, from["edgeUrl"]) : derived };
+  return { clientId, origin: edgeUrl ? new URL(edgeUrl).origin : originOfClientId(clientId) };
 }
 
 /** The attestation is a bearer secret: TLS always, but for a test server on this machine. */
-function originOfEdgeUrl(edgeUrl: string, from = ""): string {
-  const url = parseHttpUrl(edgeUrl, from);
-  const bare = url.pathname === "/" && !/[?#]/.test(edgeUrl);
-  assertConfig(bare, `${from} must be an origin, https://{host}`);
-  const safe = url.protocol === "https:" || isLoopback(url);
-  assertConfig(safe, `${from} must be https, as it gets a secret`);
-  return url.origin;
+function isEdgeUrl(value: unknown): boolean {
+  const url = parseHttpUrl(value);
+  const bare = url?.pathname === "/" && !/[?#]/.test(String(value));
+  return bare && (url.protocol === "https:" || isLoopback(url));
 }
 
 /** An http or https URL that carries no credentials, which would end up in logs. */
-function parseHttpUrl(value: string, from: string): URL {
-  const url = /^https?:\/\/[^/]/i.test(value) && URL.canParse(value) && new URL(value);
-  const right = url && !url.username && !url.password;
-  assertConfig(right, `${from} must be an https URL without credentials`);
-  return url;
+function parseHttpUrl(value: unknown): URL | undefined {
+  const whole = isShortText(value) && /^https?:\/\/[^/]/i.test(value) && URL.canParse(value);
+  const url = whole ? new URL(value) : undefined;
+  return url?.username || url?.password ? undefined : url;
 }
 
 /** `new URL()` has already written 127.1 and 0x7f.1 out as 127.0.0.1. */
 function isLoopback({ hostname }: URL): boolean {
-  return hostname === "localhost" || hostname === "[::1]" || /^127(\.\d+){3}$/.test(hostname);
+  return /^(localhost|\[::1\]|127(\.\d+){3})$/.test(hostname);
 }
 
 // --- 6. AWS credentials ---
@@ -760,25 +734,18 @@ const KEY_ID = "AWS_ACCESS_KEY_ID";
 const SECRET_KEY = "AWS_SECRET_ACCESS_KEY";
 const NO_IMDS = "AWS_EC2_METADATA_DISABLED";
 
-const SOURCE_NAMES: readonly CredentialSource[] = ["env", "web-identity", "ecs", "imds"];
-
-/** One of `needs` configures a source. IMDS needs nothing: it is asked when all else is unset. */
-const SOURCE_TABLE: Readonly<Record<CredentialSource, {
-  readonly needs: readonly string[];
-  readonly load: (call: Call) => Promise<AwsCredentials>;
-}>> = {
-  env: { needs: [KEY_ID, SECRET_KEY], load: loadFromEnvironment },
-  "web-identity": { needs: [IDENTITY_FILE], load: loadFromWebIdentity },
-  ecs: { needs: [RELATIVE_URI, FULL_URI], load: loadFromContainer },
-  imds: { needs: [], load: loadFromImds },
-};
-
-/** The reason why a source has nothing to give, if there is one. */
-function whyAbsent(call: Call, name: CredentialSource): string | undefined {
-  const { needs } = SOURCE_TABLE[name];
-  if (name === "imds") return imdsDisabled(call) ? `${NO_IMDS} is true` : undefined;
-  return needs.some((variable) => call.env(variable)) ? undefined : `${needs.join(", ")} not set`;
-}
+/** Where `auto` looks, in this order. One of the variables configures a source. */
+const SOURCE_TABLE: readonly (readonly [
+  name: CredentialSource,
+  load: (call: Call) => Promise<AwsCredentials>,
+  ...variables: string[],
+])[] = [
+  ["env", loadFromEnvironment, KEY_ID, SECRET_KEY],
+  ["web-identity", loadFromWebIdentity, IDENTITY_FILE],
+  ["ecs", loadFromContainer, RELATIVE_URI, FULL_URI],
+  // It needs no variable, and is asked when all else is unset.
+  ["imds", loadFromImds],
+];
 
 /**
  * The credentials of the first source that is configured. Not `async`, nor are the loaders: what
@@ -787,31 +754,23 @@ function whyAbsent(call: Call, name: CredentialSource): string | undefined {
 function findCredentials(call: Call): Promise<AwsCredentials> {
   if (call.credentials !== undefined) return loadFromCaller(call);
   const reasons: string[] = [];
-  for (const name of call.source === "auto" ? SOURCE_NAMES : [call.source]) {
-    const reason = whyAbsent(call, name);
-    if (reason === undefined) return loadFrom(call, name, reasons);
-    reasons.push(`${name}: ${reason}`);
+  for (const [name, load, ...variables] of SOURCE_TABLE) {
+    if (call.source !== "auto" && call.source !== name) continue;
+    if (variables.length === 0 || variables.some((variable) => call.env(variable))) {
+      return load(call).then((credentials) => {
+        keepSecret(call, credentials.secretAccessKey, credentials.sessionToken);
+        call.logger.debug(`AWS credentials from ${name}`);
+        return credentials;
+      }, (error: unknown) => {
+        // Off AWS, IMDS says what it was, and the others why they were not asked.
+        if (!isCode(error, "no_aws_credentials")) throw error;
+        const list = [...reasons, `${name}: ${error.message}`].join("; ");
+        throw new AembitAuthError(error.code, list, error);
+      });
+    }
+    reasons.push(`${name}: ${variables.join(", ")} not set`);
   }
-  throw new AembitAuthError("no_aws_credentials", `no AWS credentials: ${reasons.join("; ")}`);
-}
-
-/** Off AWS the error says of each source why it gave nothing. A pinned source has to be there. */
-function loadFrom(
-  call: Call,
-  name: CredentialSource,
-  reasons: readonly string[],
-): Promise<AwsCredentials> {
-  return SOURCE_TABLE[name].load(call).then((credentials) => {
-    keepSecret(call, credentials.secretAccessKey, credentials.sessionToken);
-    call.log.debug(`AWS credentials from ${name}`);
-    return credentials;
-  }, (error: unknown) => {
-    // Only IMDS says this: it is asked without a sign that it exists.
-    if (!isCode(error, "no_aws_credentials")) throw error;
-    const list = [...reasons, `${name}: ${error.message}`].join("; ");
-    const code = call.source === "auto" ? error.code : "metadata_unavailable";
-    throw new AembitAuthError(code, `no AWS credentials: ${list}`, error);
-  });
+  throw new AembitAuthError("no_aws_credentials", reasons.join("; "));
 }
 
 /** Read at call time: Lambda and tests change the environment of a running process. */
@@ -821,39 +780,35 @@ function loadFromEnvironment(call: Call): Promise<AwsCredentials> {
   const pair = accessKeyId && secretAccessKey;
   assertConfig(pair, `${KEY_ID} and ${SECRET_KEY} must be set together`);
   const fields = { accessKeyId, secretAccessKey, sessionToken: call.env("AWS_SESSION_TOKEN") };
-  const origin: Origin = { code: "invalid_config", from: KEY_ID };
-  return Promise.resolve(checkCredentials(fields, clock(call), origin));
+  return Promise.resolve(checkCredentials(fields, clock(call), KEY_ID, "invalid_config"));
 }
 
-/** A value is the caller's mistake when it is malformed; what a function returns is its source's. */
+/** A malformed value is the caller's mistake; what a function returns is its source's. */
 function loadFromCaller(call: Call): Promise<AwsCredentials> {
-  const { credentials, progress } = call;
-  const origin: Origin = { code: "invalid_config", from: "credentials" };
+  const { credentials } = call;
+  const from = "credentials";
   if (!isFunction(credentials)) {
-    return Promise.resolve(checkCredentials(credentials, clock(call), origin));
+    return Promise.resolve(checkCredentials(credentials, clock(call), from, "invalid_config"));
   }
-  progress.step = "waiting for the credentials function";
-  const from = "the credentials function";
-  return Promise.resolve().then(() => credentials()).then(
-    (answer) => checkCredentials(answer, clock(call), { from }),
+  const given = Promise.resolve().then(() => credentials());
+  return during(call, `waiting for ${from}()`, given).then(
+    (answer) => checkCredentials(answer, clock(call), from),
     (cause: unknown) => {
-      throw new AembitAuthError("metadata_unavailable", `${from} failed`, { cause });
+      throw new AembitAuthError("metadata_unavailable", `${from}() failed`, { cause });
     },
   );
-}
-
-/** Whose credentials they are, and whose mistake it is when they are malformed. */
-interface Origin {
-  readonly from: string;
-  readonly code?: AembitAuthErrorCode;
 }
 
 /**
  * Foreign credentials become ours only whole: no empty string, no character that a header would
  * refuse (and quote in its error), no date that is `NaN` and therefore never expires.
  */
-function checkCredentials(value: unknown, nowMs: number, origin: Origin): AwsCredentials {
-  const { from, code = "invalid_aws_credentials" } = origin;
+function checkCredentials(
+  value: unknown,
+  nowMs: number,
+  from: string,
+  code: AembitAuthErrorCode = "invalid_aws_credentials",
+): AwsCredentials {
   const fields = isRecord(value) ? value : {};
   const text = (name: string): string => {
     const field = fields[name];
@@ -864,11 +819,12 @@ function checkCredentials(value: unknown, nowMs: number, origin: Origin): AwsCre
   const secretAccessKey = text("secretAccessKey");
   const sessionToken = fields["sessionToken"] == null ? undefined : text("sessionToken");
   const hidden = { secretAccessKey, ...(sessionToken && { sessionToken }) };
-  const expiration = fields["expiration"];
-  if (expiration == null) return conceal({ accessKeyId }, hidden);
-  const endsMs = expiration instanceof Date ? expiration.getTime() : NaN;
-  if (Number.isNaN(endsMs)) throw new AembitAuthError(code, `${from}: expiration must be a date`);
-  if (endsMs > nowMs) return conceal({ accessKeyId, expiration: new Date(endsMs) }, hidden);
+  const expiration = fields["expiration"] ?? undefined;
+  if (expiration === undefined) return conceal({ accessKeyId }, hidden);
+  if (!isDate(expiration)) throw new AembitAuthError(code, `${from}: expiration must be a date`);
+  if (expiration.getTime() > nowMs) {
+    return conceal({ accessKeyId, expiration: new Date(expiration) }, hidden);
+  }
   throw new AembitAuthError("invalid_aws_credentials", `${from}: expired`);
 }
 
@@ -881,7 +837,7 @@ function toCredentials(reply: Reply, read: (name: string) => unknown): AwsCreden
     expiration: parseDate(read("Expiration")),
   };
   // The service's own clock decides: by a wrong one here, good credentials would look expired.
-  return checkCredentials(fields, serverClock(reply), { from: outcome(reply) });
+  return checkCredentials(fields, serverClock(reply), outcome(reply));
 }
 
 /**
@@ -890,8 +846,7 @@ function toCredentials(reply: Reply, read: (name: string) => unknown): AwsCreden
  */
 // https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
 function parseCredentialDocument(reply: Reply): AwsCredentials {
-  if (reply.status !== 200) throw failure(reply, "metadata_unavailable");
-  const document = parseJson(reply.text);
+  const document = parseJson(expectOk(reply).text);
   if (!isRecord(document) || (document["Code"] ?? "Success") !== "Success") {
     throw failure(reply, "invalid_aws_credentials", "expected JSON with credentials");
   }
@@ -905,61 +860,51 @@ const ECS_AGENT = "http://169.254.170.2";
 
 /** ECS, Fargate, EKS Pod Identity, Lambda SnapStart: one endpoint, named by the environment. */
 function loadFromContainer(call: Call): Promise<AwsCredentials> {
-  // The address is judged before the token is read: no token for a host that may not have it.
-  const url = containerUrl(call);
-  return readContainerToken(call).then(async (token) => {
-    const headers = token === undefined ? {} : { Authorization: token };
-    return parseCredentialDocument(
-      await sendMetadata(call, { what: "container credentials", url, headers }));
-  });
-}
-
-function containerUrl({ env }: Call): string {
-  const relative = env(RELATIVE_URI);
-  if (relative === undefined) return metadataUrl(env(FULL_URI) ?? "", FULL_URI);
+  const path = call.env(RELATIVE_URI);
+  if (path === undefined) return fetchFromContainer(call, metadataUrl(call, FULL_URI));
   // "@evil.example/" or ":8080/" behind the address would name another host or port.
-  const url = metadataUrl(ECS_AGENT + relative, RELATIVE_URI);
-  const right = /^\/(?!\/)/.test(relative) && url.startsWith(`${ECS_AGENT}/`);
-  assertConfig(right, `${RELATIVE_URI} must be a path`);
-  return url;
+  assertConfig(/^\/(?!\/)/.test(path), `${RELATIVE_URI} must be a path`);
+  return fetchFromContainer(call, metadataUrl(call, RELATIVE_URI, ECS_AGENT));
 }
 
 /** Plain http only to addresses that cannot leave the machine; https to any host. */
-function metadataUrl(value: string, from: string): string {
-  const url = parseHttpUrl(value, from);
-  const local = isLoopback(url) || CONTAINER_HOSTS.includes(url.hostname);
-  const right = local || url.protocol === "https:";
-  assertConfig(right, `${from} must be https, or http to ${CONTAINER_HOSTS.join(", ")}`);
+function metadataUrl({ env }: Call, variable: string, base = ""): string {
+  const url = parseHttpUrl(`${base}${env(variable)}`);
+  const local = url && (isLoopback(url) || CONTAINER_HOSTS.includes(url.hostname));
+  const right = local || url?.protocol === "https:";
+  assertConfig(right, `${variable} must be https, or http to ${CONTAINER_HOSTS.join(", ")}`);
   return url.href;
 }
 
-/** Sent as it is, without `Bearer`. Read each time: the file is replaced while we run. */
-async function readContainerToken(call: Call): Promise<string | undefined> {
-  const file = call.env(`${AUTH_TOKEN}_FILE`);
-  const from = file ? `${AUTH_TOKEN}_FILE` : AUTH_TOKEN;
-  const token = file ? await readTokenFile(call, file, from) : call.env(AUTH_TOKEN, "raw");
+/** The token is sent as it is, without `Bearer`, and its file read each time: it is replaced. */
+async function fetchFromContainer(call: Call, url: string): Promise<AwsCredentials> {
+  const file = `${AUTH_TOKEN}_FILE`;
+  const from = call.env(file) ? file : AUTH_TOKEN;
+  const token = from === file ? await readTokenFile(call, file) : call.env(AUTH_TOKEN, "raw");
   keepSecret(call, token);
-  if (token === undefined || /^[\x20-\x7e]+$/.test(token)) return token;
-  throw new AembitAuthError(
-    "invalid_aws_credentials",
-    `${from} must be one line of visible ASCII`,
-  );
+  if (token !== undefined && !/^[\x20-\x7e]+$/.test(token)) {
+    const message = `${from} must be visible ASCII on one line`;
+    throw new AembitAuthError("invalid_aws_credentials", message);
+  }
+  const headers = { ...(token && { Authorization: token }) };
+  return parseCredentialDocument(
+    await sendMetadata(call, { name: "container credentials", url, headers }));
 }
 
 const MAX_TOKEN_FILE = 65_536;
 
 /** A pipe would never end and a directory never begin: only regular files of a sane size. */
-async function readTokenFile(call: Call, path: string, from: string): Promise<string> {
-  call.progress.step = `reading ${from}`;
+async function readTokenFile(call: Call, variable: string): Promise<string> {
+  const path = String(call.env(variable));
   try {
     // Loaded on demand: most workloads have no token file, and every start pays for imports.
     const { readFile, stat } = await import("node:fs/promises");
     const file = await stat(path);
-    if (!file.isFile() || file.size > MAX_TOKEN_FILE) throw new Error("not a file under 64 KiB");
-    return await readFile(path, "utf8");
+    if (!file.isFile() || file.size > MAX_TOKEN_FILE) throw new Error("not a file");
+    return await during(call, `reading ${variable}`, readFile(path, "utf8"));
   } catch (error) {
     const cause = cleanError(call, error);
-    const message = `${from} cannot be read: ${cause.message}`;
+    const message = `${variable} cannot be read: ${cause.message}`;
     throw new AembitAuthError("invalid_aws_credentials", message, { cause });
   }
 }
@@ -970,8 +915,8 @@ const STS_ATTEMPT_MS = 5_000;
 // https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html
 function loadFromWebIdentity(call: Call): Promise<AwsCredentials> {
   const role = call.env("AWS_ROLE_ARN") ?? "";
-  const right = /^arn:[\w-]+:iam::\d{12}:role\/[\w+=,.@/-]+$/.test(role);
-  assertConfig(right, `AWS_ROLE_ARN must be the ARN of a role, as ${IDENTITY_FILE} is set`);
+  const right = /^arn:[\w-]+:iam::\d+:role\/[\w+=,.@/-]+$/.test(role);
+  assertConfig(right, `AWS_ROLE_ARN must be a role's ARN, as ${IDENTITY_FILE} is set`);
   const session = call.env("AWS_ROLE_SESSION_NAME") ?? "aembit-auth";
   const named = /^[\w+=,.@-]{2,64}$/.test(session);
   assertConfig(named, "AWS_ROLE_SESSION_NAME must be 2 to 64 of A-Za-z0-9_+=,.@-");
@@ -979,29 +924,32 @@ function loadFromWebIdentity(call: Call): Promise<AwsCredentials> {
 }
 
 async function assumeRole(call: Call, names: Record<string, string>): Promise<AwsCredentials> {
-  const file = call.env(IDENTITY_FILE) ?? "";
-  const WebIdentityToken = (await readTokenFile(call, file, IDENTITY_FILE)).trim();
+  const WebIdentityToken = (await readTokenFile(call, IDENTITY_FILE)).trim();
   keepSecret(call, WebIdentityToken);
   const Action = "AssumeRoleWithWebIdentity";
   const form = new URLSearchParams({ Action, Version: "2011-06-15", ...names, WebIdentityToken });
   const reply = await send(call, {
-    what: `STS ${Action}`,
+    name: `STS ${Action}`,
     method: "POST",
     url: `https://${stsHost(await findRegion(call))}/`,
     headers: { "Content-Type": FORM },
-    body: () => form.toString(),
-    attemptMs: STS_ATTEMPT_MS,
+    body: () => String(form),
+    timeoutMs: STS_ATTEMPT_MS,
   });
   if (isRejection(reply.status)) {
     throw failure(reply, "invalid_aws_credentials", "check the role's trust policy");
   }
-  return toCredentials(reply, (name) => xmlText(expectOk(reply).text, name));
+  const { text } = expectOk(reply);
+  return toCredentials(reply, (name) => xmlText(text, name));
 }
 
 // https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/configuring-instance-metadata-service.html
-const IMDS_ENDPOINTS = { ipv4: "http://169.254.169.254", ipv6: "http://[fd00:ec2::254]" };
+const IMDS_ENDPOINTS: Readonly<Record<string, string>> = {
+  ipv4: "http://169.254.169.254",
+  ipv6: "http://[fd00:ec2::254]",
+};
 const IMDS_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
-const IMDS_TOKEN_SECONDS = 21_600;
+const IMDS_TTL = "X-aws-ec2-metadata-token-ttl-seconds";
 /** A token is not used in its last minute, in which it could end on its way. */
 const IMDS_TOKEN_MARGIN_MS = 60_000;
 /** Off AWS nobody answers: two tries of a second each, and the error is there within three. */
@@ -1016,92 +964,93 @@ function imdsDisabled({ env }: Call): boolean {
 /** The role of the instance: its name, then its credentials. The name is kept for later calls. */
 async function loadFromImds(call: Call): Promise<AwsCredentials> {
   const { memory } = call;
-  const kept = memory.imdsRole;
+  const kept = memory.role;
   const role = kept ?? await fetchImdsRole(call);
-  const reply = await imdsGet(call, "IMDS credentials", IMDS_ROLES + role);
+  const reply = await imdsGet(call, "credentials", IMDS_ROLES + role);
   // The instance profile was replaced while we ran: its new role has another name.
-  memory.imdsRole = reply.status === 404 ? undefined : role;
+  memory.role = reply.status === 404 ? undefined : role;
   return reply.status === 404 && kept ? loadFromImds(call) : parseCredentialDocument(reply);
 }
 
 /** The list has one role. It becomes part of a path, so it must look like a role's name. */
 async function fetchImdsRole(call: Call): Promise<string> {
-  const reply = await imdsGet(call, "IMDS role name", IMDS_ROLES);
-  const role = reply.text.split("\n", 1)[0]?.trim() ?? "";
-  if (reply.status === 404 || (reply.status === 200 && reply.bytes?.length === 0)) {
-    throw failure(reply, "no_aws_credentials", "attach a role to the instance");
+  if (imdsDisabled(call)) throw new AembitAuthError("no_aws_credentials", `${NO_IMDS} is true`);
+  const reply = await imdsGet(call, "role", IMDS_ROLES);
+  if (reply.status === 404 || expectOk(reply).bytes?.length === 0) {
+    throw failure(reply, noCredentials(call), "the instance has no role");
   }
-  if (reply.status !== 200) throw failure(reply, "metadata_unavailable");
+  const role = reply.text.split("\n", 1).join("").trim();
   if (IMDS_ROLE.test(role)) return role;
   throw failure(reply, "invalid_aws_credentials", "not a role");
 }
 
+/** What it means that IMDS has none: whoever names the source says that it is there. */
+function noCredentials({ source }: Call): AembitAuthErrorCode {
+  return source === "auto" ? "no_aws_credentials" : "metadata_unavailable";
+}
+
 /** One GET with the session token; a 401 means that the token has ended: it is renewed once. */
-async function imdsGet(call: Call, what: string, path: string): Promise<Reply> {
+async function imdsGet(call: Call, name: string, path: string): Promise<Reply> {
   const url = imdsEndpoint(call) + path;
-  const get = (token: string): Promise<Reply> =>
-    sendMetadata(call, { what, url, headers: { "X-aws-ec2-metadata-token": token } });
+  const get = (token: string): Promise<Reply> => {
+    const headers = { "X-aws-ec2-metadata-token": token };
+    return sendMetadata(call, { name: `IMDS ${name}`, url, headers });
+  };
   const token = await imdsToken(call);
   const reply = await get(token);
   if (reply.status !== 401) return reply;
   // Of two reads that were refused at once, the second finds the first one's renewal under way.
-  if (call.memory.imdsToken?.value === token) {
-    call.memory.imdsToken = undefined;
-    call.once.imdsToken = undefined;
+  if (call.memory.token?.value === token) {
+    call.memory.token = undefined;
+    call.once.token = undefined;
   }
   return get(await imdsToken(call));
 }
 
 /** The endpoint wins over the mode, as in every AWS SDK. */
 function imdsEndpoint({ env }: Call): string {
-  const endpoint = env(IMDS_ENDPOINT);
-  const mode = env(`${IMDS_ENDPOINT}_MODE`)?.toLowerCase() ?? "ipv4";
-  if (endpoint) return trimUrl(parseHttpUrl(endpoint, IMDS_ENDPOINT).href);
-  assertConfig(mode === "ipv4" || mode === "ipv6", `${IMDS_ENDPOINT}_MODE must be IPv4 or IPv6`);
-  return IMDS_ENDPOINTS[mode];
+  const mode = env(`${IMDS_ENDPOINT}_MODE`) ?? "IPv4";
+  const url = parseHttpUrl(env(IMDS_ENDPOINT) ?? IMDS_ENDPOINTS[mode.toLowerCase()]);
+  assertConfig(url, `${IMDS_ENDPOINT} must be a URL, or ${IMDS_ENDPOINT}_MODE IPv4 or IPv6`);
+  return trimUrl(url.href);
 }
 
 /** The session token of IMDSv2, fetched once for all readers. There is no way back to IMDSv1. */
 function imdsToken(call: Call): Promise<string> {
-  const kept = call.memory.imdsToken;
-  const nowMs = clock(call);
-  // The second comparison is for a clock that was set back: then the token's end means nothing.
-  if (kept && nowMs < kept.endsMs && nowMs >= kept.sinceMs) {
+  const kept = call.memory.token;
+  // By a clock that was set back it may have ended all the same: that costs one 401.
+  if (kept && clock(call) < kept.endsMs) {
     keepSecret(call, kept.value);
     return Promise.resolve(kept.value);
   }
-  return call.once.imdsToken ??= fetchImdsToken(call);
+  return call.once.token ??= fetchImdsToken(call);
 }
 
 async function fetchImdsToken(call: Call): Promise<string> {
   const reply = await sendMetadata(call, {
-    what: "IMDS token",
+    name: "IMDS token",
     method: "PUT",
     url: `${imdsEndpoint(call)}/latest/api/token`,
-    headers: { "X-aws-ec2-metadata-token-ttl-seconds": String(IMDS_TOKEN_SECONDS) },
-    giveUpMs: call.source === "auto" ? IMDS_SEARCH_MS : Infinity,
+    headers: { [IMDS_TTL]: "21600" },
+    deadlineMs: performance.now() + (call.source === "auto" ? IMDS_SEARCH_MS : Infinity),
   });
-  const { status, text, headers } = reply;
+  const { status, headers } = reply;
   if (status === 0 || isRejection(status)) {
-    const hint = "not on EC2, or a container and the IMDS hop limit is 1 (set it to 2)";
-    throw failure(reply, "no_aws_credentials", hint);
+    const hint = "not on EC2, or IMDS is off, or in a container and its hop limit is not 2";
+    throw failure(reply, noCredentials(call), hint);
   }
-  if (status !== 200) throw failure(reply, "metadata_unavailable");
-  const value = text.trim();
+  const value = expectOk(reply).text.trim();
   if (!isText(value)) throw failure(reply, "invalid_aws_credentials", "not a token");
   keepSecret(call, value);
-  const seconds = Number(headers.get("x-aws-ec2-metadata-token-ttl-seconds")) || IMDS_TOKEN_SECONDS;
-  const sinceMs = clock(call);
-  const lifeMs = Math.min(seconds, IMDS_TOKEN_SECONDS) * 1000 - IMDS_TOKEN_MARGIN_MS;
-  call.memory.imdsToken = { value, sinceMs, endsMs: sinceMs + lifeMs };
+  // Without a life of its own it serves this call only.
+  const lifeMs = Number(headers.get(IMDS_TTL)) * 1000 - IMDS_TOKEN_MARGIN_MS;
+  call.memory.token = { value, endsMs: clock(call) + lifeMs };
   return value;
 }
 
 // --- 7. Region and metadata ---
 // The region becomes part of a host name and of the signature, so only a region's form gets
 // through. The ECS documents are evidence: their bytes are passed on as they came.
-
-const REGION = /^[a-z]{2,}(-[a-z0-9]+)+-\d+$/;
 
 /** Partitions by region prefix; a region that fits none is in the `aws` partition. */
 // https://github.com/boto/botocore/blob/develop/botocore/data/partitions.json
@@ -1121,10 +1070,13 @@ function stsHost(region: string): string {
   return `sts.${region}.${DNS_SUFFIXES.find(([prefix]) => region.startsWith(prefix))?.[1]}`;
 }
 
+function isRegion(value: unknown): value is string {
+  return isShortText(value) && REGION.test(value) && value.length < 64;
+}
+
 function parseRegion(value: unknown, from = "region"): string {
-  const region = typeof value === "string" ? value.trim() : "";
-  const right = REGION.test(region) && region.length < 64;
-  assertConfig(right, `${from} must be a region such as us-east-1`);
+  const region = isString(value) ? value.trim() : value;
+  assertConfig(isRegion(region), `${from} must be ${A_REGION}`);
   return region;
 }
 
@@ -1133,7 +1085,7 @@ function findRegion(call: Call): Promise<string> {
 }
 
 async function searchRegion(call: Call): Promise<string> {
-  if (call.region) return parseRegion(call.region, call.from["region"]);
+  if (call.region) return call.region;
   const reasons = ["region (--region), AWS_REGION not set"];
   for (const read of [regionOfTask, regionOfInstance]) {
     try {
@@ -1160,16 +1112,15 @@ async function regionOfTask(call: Call): Promise<string | undefined> {
 /** `placement/region`, not the availability zone less a letter: Local Zones are named otherwise. */
 async function regionOfInstance(call: Call): Promise<string | undefined> {
   if (imdsDisabled(call)) return undefined;
-  const reply = await imdsGet(call, "IMDS region", "/latest/meta-data/placement/region");
-  return parseRegion(expectOk(reply).text, "the region of IMDS");
+  const reply = await imdsGet(call, "region", "/latest/meta-data/placement/region");
+  return expectOk(reply).bytes && parseRegion(reply.text, "the region of IMDS");
 }
 
 // https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-metadata-endpoint-v4.html
 const ECS_METADATA_URI = "ECS_CONTAINER_METADATA_URI_V4";
 
-function ecsMetadataBase({ env }: Call): string | undefined {
-  const uri = env(ECS_METADATA_URI);
-  return uri && trimUrl(metadataUrl(uri, ECS_METADATA_URI));
+function ecsMetadataBase(call: Call): string | undefined {
+  return call.env(ECS_METADATA_URI) && trimUrl(metadataUrl(call, ECS_METADATA_URI));
 }
 
 async function fetchEcsMetadata(call: Call): Promise<EcsMetadata> {
@@ -1179,7 +1130,7 @@ async function fetchEcsMetadata(call: Call): Promise<EcsMetadata> {
     fetchEcsDocument(call, "ECS container metadata", base),
     fetchTask(call, base),
   ]);
-  return { containerMetadata: toBase64(container), taskMetadata: toBase64(task) };
+  return { containerMetadata: toDocument(container), taskMetadata: toDocument(task) };
 }
 
 /** Off ECS there is none. On ECS a failure is worth a warning, and an error when required. */
@@ -1190,7 +1141,7 @@ async function findEcsMetadata(call: Call): Promise<EcsMetadata | undefined> {
     return await fetchEcsMetadata(call);
   } catch (error) {
     if (!isCode(error, "metadata_unavailable")) throw error;
-    call.log.warn(`going on without ${error.message}`);
+    call.logger.warn(`going on without ${error.message}`);
     return undefined;
   }
 }
@@ -1201,8 +1152,8 @@ function fetchTask(call: Call, base: string): Promise<Reply> {
 }
 
 /** A container may ask before the agent has registered it: that 404 passes. */
-async function fetchEcsDocument(call: Call, what: string, url: string): Promise<Reply> {
-  return expectObject(await sendMetadata(call, { what, url, retry404: true }));
+async function fetchEcsDocument(call: Call, name: string, url: string): Promise<Reply> {
+  return expectOk(await sendMetadata(call, { name, url, retry404: true }));
 }
 
 /** In the field names of the Edge API. */
@@ -1216,26 +1167,30 @@ interface InstanceIdentity {
 async function fetchInstanceIdentity(call: Call): Promise<InstanceIdentity> {
   assertConfig(!imdsDisabled(call), `instanceIdentity needs IMDS, and ${NO_IMDS} is true`);
   const read = (name: string): Promise<Reply> =>
-    imdsGet(call, `IMDS identity ${name}`, `/latest/dynamic/instance-identity/${name}`);
+    imdsGet(call, `instance identity ${name}`, `/latest/dynamic/instance-identity/${name}`);
   const [document, signature] = await Promise.all([read("document"), read("signature")]);
   const oneLine = expectOk(signature).text.replace(/\s+/g, "");
   if (!/^[\w+/=]+$/.test(oneLine)) {
     throw failure(signature, "metadata_unavailable", "not a signature");
   }
   return {
-    instanceIdentityDocument: toBase64(expectObject(document)),
+    instanceIdentityDocument: toDocument(document),
     instanceIdentityDocumentSignature: oneLine,
   };
 }
 
 function expectOk(reply: Reply): Reply {
-  if (reply.status === 200 && reply.bytes) return reply;
+  if (reply.status === 200) return reply;
   throw failure(reply, "metadata_unavailable");
 }
 
-/** Looked at only to tell a document from a proxy's page; what is sent are the bytes. */
-function expectObject(reply: Reply): Reply {
-  if (isRecord(parseJson(expectOk(reply).text))) return reply;
+/**
+ * Base64 of the bytes: decoding would replace what is not UTF-8. The text is looked at only to
+ * tell a document from a proxy's page.
+ */
+function toDocument(reply: Reply): string {
+  const { bytes, text } = expectOk(reply);
+  if (bytes && isRecord(parseJson(text))) return Buffer.from(bytes).toString("base64");
   throw failure(reply, "metadata_unavailable", "expected JSON");
 }
 
@@ -1247,6 +1202,10 @@ const ALGORITHM = "AWS4-HMAC-SHA256";
 const FORM = "application/x-www-form-urlencoded; charset=utf-8";
 /** Aembit rebuilds exactly this body from nothing, so not a byte of it may vary. */
 const GET_CALLER_IDENTITY = "Action=GetCallerIdentity&Version=2011-06-15";
+/** Its SHA-256, once for all signatures. */
+const IDENTITY_HASH = sha256(GET_CALLER_IDENTITY);
+/** One key for each credentials object, and gone with it: it serves a day and a region. */
+const KEYS = new WeakMap<AwsCredentials, { readonly keyOf: string; readonly key: Uint8Array }>();
 
 /**
  * Signs the STS request that proves the role. Aembit is told the headers and the region, and
@@ -1270,16 +1229,7 @@ export function signGetCallerIdentity(
     },
     { credentials, region: checked, service: "sts", date },
   );
-  const { "X-Amz-Date": amzDate = "", "X-Amz-Security-Token": token } = signed.headers;
-  return {
-    headers: {
-      "Content-Type": FORM,
-      "X-Amz-Date": amzDate,
-      ...(token !== undefined && { "X-Amz-Security-Token": token }),
-      Authorization: signed.authorization,
-    },
-    region: checked,
-  };
+  return { headers: { "Content-Type": FORM, ...signed.headers }, region: checked };
 }
 
 /**
@@ -1293,23 +1243,28 @@ export function signRequest(request: SignableRequest, context: SigningContext): 
   // Date and scope come from one instant: at midnight they must not be of two days.
   const amzDate = toAmzDate(date);
   const scope = credentialScope(amzDate, region, service);
-  const added: [string, string][] = [["X-Amz-Date", amzDate]];
-  if (credentials.sessionToken) added.push(["X-Amz-Security-Token", credentials.sessionToken]);
-  const headers = canonicalHeaders(request.headers, added);
+  const { accessKeyId, secretAccessKey, sessionToken: token } = credentials;
+  const added = { "X-Amz-Date": amzDate, ...(token && { "X-Amz-Security-Token": token }) };
+  const headers = canonicalHeaders(request.headers, Object.entries(added));
   const names = [...headers.keys()].sort();
   const canonical = canonicalRequest(request, headers, names, normalizePath);
   const toSign = stringToSign(amzDate, scope, canonical);
-  const key = signingKey(credentials.secretAccessKey, amzDate, region, service);
-  const signature = createHmac("sha256", key).update(toSign).digest("hex");
+  const keyOf = `${secretAccessKey}/${scope}`;
+  let kept = KEYS.get(credentials);
+  if (kept?.keyOf !== keyOf) {
+    kept = { keyOf, key: signingKey(secretAccessKey, amzDate, region, service) };
+    KEYS.set(credentials, kept);
+  }
+  const signature = createHmac("sha256", kept.key).update(toSign).digest("hex");
   const authorization =
-    `${ALGORITHM} Credential=${credentials.accessKeyId}/${scope}, ` +
+    `${ALGORITHM} Credential=${accessKeyId}/${scope}, ` +
     `SignedHeaders=${names.join(";")}, Signature=${signature}`;
   return {
     canonicalRequest: canonical,
     stringToSign: toSign,
     signature,
     authorization,
-    headers: Object.fromEntries([...added, ["Authorization", authorization]]),
+    headers: { ...added, Authorization: authorization },
   };
 }
 
@@ -1317,14 +1272,12 @@ export function signRequest(request: SignableRequest, context: SigningContext): 
 function assertSignable(request: SignableRequest, context: SigningContext): void {
   const { method, path, body = "" } = request;
   const { region, service, credentials, date } = context;
-  assertConfig(isRecord(credentials), "credentials must be an object");
-  const { accessKeyId, secretAccessKey, sessionToken = "none" }: AwsCredentials = credentials;
+  const { accessKeyId, secretAccessKey, sessionToken = "none" } = credentials ?? {};
   const texts = [method, region, service, accessKeyId, secretAccessKey, sessionToken];
-  const right = texts.every(isText) && typeof path === "string";
-  assertConfig(right, "method, path, region, service and credentials must be visible ASCII");
-  assertConfig(typeof body === "string" || body instanceof Uint8Array, "body must be bytes");
-  const dated = date instanceof Date && !Number.isNaN(date.getTime());
-  assertConfig(dated, "date must be a date");
+  const right = texts.every(isText) && isString(path);
+  assertConfig(right, "request and credentials must be visible ASCII");
+  assertConfig(isString(body) || body instanceof Uint8Array, "body must be text");
+  assertConfig(isDate(date), "date must be a date");
 }
 
 /** `20250115T103045Z` */
@@ -1342,15 +1295,18 @@ function credentialScope(amzDate: string, region: string, service: string): stri
  * values of a name that is given twice joined in their order. Ours replace the caller's.
  */
 function canonicalHeaders(
-  given: SignableRequest["headers"],
+  given: Iterable<readonly [string, string]>,
   added: readonly (readonly [string, string])[],
 ): Map<string, string> {
   const headers = new Map<string, string>();
-  for (const [name, value] of given) {
+  assertConfig(isFunction(given?.[Symbol.iterator]), "headers must be pairs");
+  for (const pair of given) {
+    const [name, value] = Array.isArray(pair) ? pair : [];
     const key = String(name).toLowerCase();
     const clean = String(value).replace(/[\t\n\r ]+/g, " ").replace(/^ | $/g, "");
-    const right = typeof value === "string" && /^[!#$%&'*+.^`|~\w-]+$/.test(key) && !/[\0-\x1f\x7f]/.test(clean);
-    assertConfig(right, "headers must be legal in HTTP");
+    const named = isString(value) && /^[!#$%&'*+.^`|~\w-]+$/.test(key);
+    const right = named && !/[\0-\x1f\x7f]/.test(clean);
+    assertConfig(right, "headers must be visible ASCII");
     const before = headers.get(key);
     headers.set(key, before === undefined ? clean : `${before},${clean}`);
   }
@@ -1364,14 +1320,16 @@ function canonicalRequest(
   names: readonly string[],
   normalizePath: boolean,
 ): string {
-  const [path, query] = splitTarget(request.path);
+  const [path = "", ...query] = request.path.split("?");
   const lines = names.map((name) => `${name}:${headers.get(name)}\n`).join("");
   // A caller that sends the hash, or UNSIGNED-PAYLOAD, has it signed as the payload's hash too.
-  const payloadHash = headers.get("x-amz-content-sha256") ?? sha256(request.body ?? "");
+  const { body = "" } = request;
+  const payloadHash = headers.get("x-amz-content-sha256")
+    ?? (body === GET_CALLER_IDENTITY ? IDENTITY_HASH : sha256(body));
   return [
     request.method.toUpperCase(),
     canonicalPath(path, normalizePath),
-    canonicalQuery(query),
+    canonicalQuery(query.join("?")),
     lines,
     names.join(";"),
     payloadHash,
@@ -1382,7 +1340,7 @@ function stringToSign(amzDate: string, scope: string, canonical: string): string
   return `${ALGORITHM}\n${amzDate}\n${scope}\n${sha256(canonical)}`;
 }
 
-/** The key is made anew for each signature: one an hour is needed, and none lies about. */
+/** Four hashes of the seven that a signature takes. */
 function signingKey(secret: string, amzDate: string, region: string, service: string): Uint8Array {
   const hmac = (key: string | Uint8Array, data: string): Uint8Array =>
     createHmac("sha256", key).update(data).digest();
@@ -1390,38 +1348,26 @@ function signingKey(secret: string, amzDate: string, region: string, service: st
   return hmac(hmac(hmac(dateKey, region), service), "aws4_request");
 }
 
-function splitTarget(target: string): [path: string, query: string] {
-  const mark = target.indexOf("?");
-  return mark < 0 ? [target, ""] : [target.slice(0, mark), target.slice(mark + 1)];
-}
-
 /** Encoded once as given, so that what the caller has encoded is encoded twice, as AWS wants. */
 function canonicalPath(path: string, normalize: boolean): string {
-  if (path === "/" || path === "") return "/";
   const kept: string[] = [];
-  for (const segment of normalize ? path.split("/") : []) {
+  for (const segment of path.split("/")) {
     if (segment === "..") kept.pop();
     else if (segment !== "" && segment !== ".") kept.push(segment);
   }
   const tail = kept.length > 0 && path.endsWith("/") ? "/" : "";
-  const plain = normalize ? `/${kept.join("/")}${tail}` : path;
+  const plain = normalize || path === "" ? `/${kept.join("/")}${tail}` : path;
   return plain.split("/").map(encode).join("/");
 }
 
 /** Decoded, so that `%41` and `A` are one; sorted after encoding, by name and then by value. */
 function canonicalQuery(query: string): string {
-  if (query === "") return "";
-  const pairs = query.split("&").filter((pair) => pair !== "").map((pair) => {
-    const [name = "", ...rest] = pair.split("=");
-    return [encode(decode(name)), encode(decode(rest.join("=")))] as const;
+  const pairs = query.split("&").filter(Boolean).map((pair) => {
+    const [name = "", ...value] = pair.split("=");
+    // A space sorts before every encoded character: by name first, and never by locale.
+    return `${encode(decode(name))} ${encode(decode(value.join("=")))}`;
   });
-  pairs.sort(([a, x], [b, y]) => (a === b ? compare(x, y) : compare(a, b)));
-  return pairs.map(([name, value]) => `${name}=${value}`).join("&");
-}
-
-/** By code unit, never by locale. */
-function compare(a: string, b: string): number {
-  return a < b ? -1 : Number(a > b);
+  return pairs.sort().join("&").replaceAll(" ", "=");
 }
 
 /** RFC 3986: all but the unreserved characters, of which encodeURIComponent leaves five more. */
@@ -1453,14 +1399,6 @@ const EDGE_ATTEMPT_MS = 10_000;
 /** The last instant a `Date` can hold. */
 const MAX_DATE_MS = 8.64e15;
 
-function edgeHeaders({ resourceSetId }: Call): Record<string, string> {
-  return {
-    "Content-Type": "application/json",
-    Accept: "application/json",
-    ...(resourceSetId && { "X-Aembit-ResourceSet": resourceSetId }),
-  };
-}
-
 /**
  * Posts a signed body. If Aembit refuses it while its `Date` says that our clock is wrong, the
  * clock is the likely reason: the body is signed once more with Aembit's time. A correction that
@@ -1468,24 +1406,40 @@ function edgeHeaders({ resourceSetId }: Call): Record<string, string> {
  */
 async function postSigned(
   call: Call,
-  post: Pick<Outgoing, "what" | "url" | "headers" | "body">,
+  endpoint: string,
+  fields: object,
+  accessToken?: string,
 ): Promise<Reply> {
-  const request: Outgoing = { ...post, method: "POST", attemptMs: EDGE_ATTEMPT_MS };
+  const { origin } = readEdge(call);
+  const evidence = await gatherEvidence(call);
+  const request: Outgoing = {
+    name: "Aembit",
+    method: "POST",
+    url: `${origin}/edge/v1/${endpoint}`,
+    headers: {
+      "Content-Type": "application/json",
+      Accept: "application/json",
+      ...(call.resourceSetId && { "X-Aembit-ResourceSet": call.resourceSetId }),
+      ...(accessToken && { Authorization: `Bearer ${accessToken}` }),
+    },
+    body: () => JSON.stringify({ ...fields, client: attest(call, evidence) }),
+    timeoutMs: EDGE_ATTEMPT_MS,
+  };
   const first = await send(call, request);
   const skewMs = serverClock(first) - clock(call);
-  call.memory.seenSkewMs = skewMs;
+  if (first.headers.has("date")) call.memory.seenSkewMs = skewMs;
   if (!isRejection(first.status) || Math.abs(skewMs) <= MAX_SKEW_MS) return first;
   call.skewMs += skewMs;
-  const seconds = Math.round(Math.abs(skewMs) / 1000);
-  const skew = `the clock is ${seconds} s ${skewMs > 0 ? "behind" : "ahead of"} Aembit's`;
-  call.log.warn(`${skew}; signing again with its time`);
+  const skew = `the clock is ${offBy(skewMs)}, signed again with Aembit's time`;
+  call.logger.warn(skew);
   const second = await send(call, request);
-  const attempts = first.attempts + second.attempts;
-  if (second.status === 0 || (second.status >= 400 && second.status < 500)) {
-    return { ...second, attempts, note: `${skew}, and signing again did not help` };
-  }
-  call.memory.skewMs = call.skewMs;
-  return { ...second, attempts };
+  const { status } = second;
+  if (status > 0 && (status < 400 || status >= 500)) call.memory.skewMs = call.skewMs;
+  return { ...second, attempts: first.attempts + second.attempts, note: skew };
+}
+
+function offBy(skewMs: number): string {
+  return `off by ${Math.round(skewMs / 1000)} s`;
 }
 
 /** The JSON of a success; anything else says who has to act, and whether waiting helps. */
@@ -1495,26 +1449,19 @@ function parseEdgeAnswer(reply: Reply): Record<string, unknown> {
   // Some failures come with a status of success.
   const success = isRecord(body) && body["success"] !== false;
   if (success && status >= 200 && status < 300) return body;
-  if (isRejection(status) && bytes) {
-    throw failure(reply, "edge_rejected", "check the Trust Provider of the client ID");
-  }
-  if ((status === 0 || status >= 400) && (bytes || status === 0)) {
-    throw failure(reply, "edge_unavailable", "check the Edge URL, or wait");
-  }
-  const hint = "expected JSON under 1 MiB; check the Edge URL";
-  throw failure(reply, "invalid_edge_response", hint);
+  if (status > 0 && (status < 400 || !bytes)) throw failure(reply, "invalid_edge_response");
+  throw failure(reply, isRejection(status) ? "edge_rejected" : "edge_unavailable");
 }
 
 function parseToken(reply: Reply): AembitToken {
   const { accessToken, expiresIn, tokenType: type } = parseEdgeAnswer(reply);
   const tokenType = type ?? "Bearer";
   if (!isText(accessToken) || !isText(tokenType) || !isWithin(expiresIn, Number.MAX_VALUE)) {
-    const rule = "accessToken must be visible ASCII, expiresIn a positive number";
-    throw failure(reply, "invalid_edge_response", rule);
+    throw failure(reply, "invalid_edge_response", "accessToken or expiresIn is wrong");
   }
   // By our own uncorrected clock, which is the one that callers compare it with.
   const expiresAt = new Date(Math.min(reply.call.now() + expiresIn * 1000, MAX_DATE_MS));
-  reply.call.log.debug(`Aembit issued a token for ${expiresIn} s`);
+  reply.call.logger.debug(`Aembit issued a token for ${expiresIn} s`);
   return conceal({ tokenType, expiresIn, expiresAt }, { accessToken });
 }
 
@@ -1528,15 +1475,15 @@ interface CredentialsBody {
 function parseCredentialsRequest(request: AembitCredentialsRequest): CredentialsBody {
   assertConfig(isRecord(request), "request must be an object");
   const { host, port, credentialType, connectionMetadata }: AembitCredentialsRequest = request;
-  const named = isText(host) && /^([\w.-]{1,253}|\[?[\da-f:.]{2,45}\]?)$/i.test(host);
-  assertConfig(named, "host (--server-workload-host) must be a host name");
+  const named = isShortText(host) && /^[\w.:[\]-]+$/.test(host);
+  assertConfig(named, "host (--server-workload-host) must be a host");
   const numbered = isWithin(port, 65_535) && Number.isInteger(port);
   assertConfig(numbered, "port (--server-workload-port) must be 1 to 65535");
-  const typed = isText(credentialType) && /^\w{1,100}$/.test(credentialType);
+  const typed = isShortText(credentialType) && /^\w+$/.test(credentialType);
   assertConfig(typed, `${nameOf("credentialType")} must be a word`);
   const metadata: unknown = connectionMetadata ?? {};
-  const texts = isRecord(metadata) && Object.values(metadata).every((v) => typeof v === "string");
-  assertConfig(texts, "connectionMetadata must be an object of strings");
+  const texts = isRecord(metadata) && Object.values(metadata).every(isString);
+  assertConfig(texts, "connectionMetadata must be text");
   const server = { transportProtocol: "TCP", host, port } as const;
   return { server, credentialType, ...(connectionMetadata && { connectionMetadata }) };
 }
@@ -1545,12 +1492,11 @@ function parseCredentials(reply: Reply): AembitCredentials {
   const { credentialType, expiresAt, data } =
     reply.status === 404 ? { credentialType: "Unknown" } : parseEdgeAnswer(reply);
   if (credentialType === "Unknown") {
-    throw failure(reply, "no_matching_policy", "no Access Policy grants it: check host, port and type");
+    throw failure(reply, "no_matching_policy");
   }
   const ends = parseDate(expiresAt) ?? null;
-  if (!isText(credentialType) || Number.isNaN(ends?.getTime()) || !isRecord(data)) {
-    const rule = "expected credentialType, expiresAt and data";
-    throw failure(reply, "invalid_edge_response", rule);
+  if (!isText(credentialType) || !(ends === null || isDate(ends)) || !isRecord(data)) {
+    throw failure(reply, "invalid_edge_response", "credentialType, expiresAt or data is wrong");
   }
   return Object.freeze({ credentialType, expiresAt: ends, data: conceal({}, data) });
 }
@@ -1564,20 +1510,21 @@ const METADATA_ATTEMPT_MS = 1_000;
 const MAX_BODY_BYTES = 1_048_576;
 const BACKOFF_BASE_MS = 200;
 const BACKOFF_CAP_MS = 2_000;
-const RETRIED: readonly number[] = [429, 500, 502, 503, 504];
+/** 0 is no answer at all. */
+const RETRIED: readonly number[] = [0, 429, 500, 502, 503, 504];
 
 interface Outgoing {
   /** The subject of every message about this request. */
-  readonly what: string;
+  readonly name: string;
   readonly method?: "GET" | "POST" | "PUT";
   readonly url: string;
   readonly headers?: Readonly<Record<string, string>>;
   /** Made for each attempt: a signature must not wait out the pause before it. */
   readonly body?: () => string;
-  readonly attemptMs: number;
+  readonly timeoutMs: number;
   readonly retry404?: boolean;
-  /** No attempt may start that could end later than this. */
-  readonly giveUpMs?: number;
+  /** On the monotonic clock: no attempt may start that could end later than this. */
+  readonly deadlineMs?: number;
 }
 
 /** An answer, with what it takes to judge it and to speak of it. */
@@ -1596,34 +1543,31 @@ interface Reply {
 }
 
 /** Metadata is a second away at most, and never behind a proxy. */
-function sendMetadata(call: Call, request: Omit<Outgoing, "attemptMs">): Promise<Reply> {
-  if (!call.ownFetch) assertDirect(new URL(request.url));
-  return send(call, { ...request, attemptMs: METADATA_ATTEMPT_MS });
+function sendMetadata(call: Call, request: Omit<Outgoing, "timeoutMs">): Promise<Reply> {
+  // With a transport of the caller's own, proxies are the caller's business.
+  if (call.fetch === fetch) assertDirect(new URL(request.url));
+  return send(call, { ...request, timeoutMs: METADATA_ATTEMPT_MS });
 }
 
 /** Sends until there is an answer worth having, or no more attempts, or no more time. */
-async function send(call: Call, request: Outgoing): Promise<Reply> {
-  const giveUpMs = performance.now() + (request.giveUpMs ?? Infinity);
-  for (let attempts = 1; ; attempts += 1) {
-    const reply = { ...(await attempt(call, request)), attempts };
-    call.log.debug(call.progress.step = outcome(reply));
-    if (!isPassing(reply) || attempts >= call.maxAttempts) return reply;
-    const pauseMs = pauseAfter(reply);
-    const resumeMs = performance.now() + pauseMs;
-    // The server asked for more time than there is: waiting for it would only waste it.
-    if (reply.headers.has("retry-after") && resumeMs >= call.deadlineMs) {
-      const seconds = Math.ceil(pauseMs / 1000);
-      return { ...reply, note: `it asks to wait ${seconds} s, past the deadline` };
-    }
-    if (resumeMs + request.attemptMs > giveUpMs) return reply;
-    await sleep(pauseMs, call.signal);
+async function send(call: Call, request: Outgoing, attempts = 1): Promise<Reply> {
+  const reply = { ...(await attempt(call, request)), attempts };
+  const { status, bytes, headers } = reply;
+  const step = outcome(reply);
+  call.logger.debug(step);
+  const passing = RETRIED.includes(status) || (status === 404 && request.retry404);
+  // An endless body is not asked for twice.
+  const endless = status > 0 && !bytes;
+  if (!passing || endless || attempts >= call.maxAttempts) return reply;
+  const pauseMs = pauseAfter(reply);
+  const resumeMs = performance.now() + pauseMs;
+  // The server asked for more time than there is: waiting for it would only waste it.
+  if (headers.has("retry-after") && resumeMs >= call.deadlineMs) {
+    return { ...reply, note: `asks to wait ${Math.ceil(pauseMs / 1000)} s, past the deadline` };
   }
-}
-
-/** No answer at all, or one that says: not now. An endless body is not asked for twice. */
-function isPassing({ status, bytes, request }: Reply): boolean {
-  if (status === 0) return true;
-  return !!bytes && (RETRIED.includes(status) || (status === 404 && request.retry404 === true));
+  if (resumeMs + request.timeoutMs > (request.deadlineMs ?? Infinity)) return reply;
+  await during(call, step, sleep(pauseMs, undefined, { signal: call.signal }));
+  return send(call, request, attempts + 1);
 }
 
 /** As the server asks, else full jitter: the pauses of many clients must not fall together. */
@@ -1638,76 +1582,74 @@ function pauseAfter(reply: Reply): number {
 
 /** One attempt: an answer, or why there was none. Only the end of the call is thrown. */
 async function attempt(call: Call, request: Outgoing): Promise<Omit<Reply, "attempts">> {
-  const { what, method = "GET", url, headers = {}, attemptMs } = request;
+  const { method = "GET", url, headers = {}, timeoutMs } = request;
+  const { fetch } = call;
   call.signal.throwIfAborted();
-  call.progress.step = `waiting for ${what}: ${method} ${shownUrl(url)}`;
-  const body = request.body?.();
+  const body = request.body?.() ?? null;
   const controller = new AbortController();
   const { signal } = controller;
-  const unlink = onAbort(call.signal, () => controller.abort());
-  const timer = setTimeout(() => controller.abort(), attemptMs);
-  const { fetch } = call;
+  const timer = setTimeout(() => controller.abort(), timeoutMs);
+  const reply = { call, request, status: 0, headers: new Headers(), bytes: undefined, text: "" };
+  const init: RequestInit = { method, headers, body, redirect: "manual", signal };
   try {
-    const init: RequestInit = { method, headers, redirect: "manual", signal };
-    if (body !== undefined) init.body = body;
     // The race is for transports that do not listen to their signal.
-    const response = await untilAborted(fetch(url, init), signal);
-    const bytes = await untilAborted(readBody(response), signal);
-    // An unread rest would keep the connection and its sender busy.
-    if (!bytes) controller.abort();
-    const text = new TextDecoder().decode(bytes);
-    return { call, request, status: response.status, headers: response.headers, bytes, text };
-  } catch (error) {
-    call.signal.throwIfAborted();
-    const late = signal.aborted;
-    controller.abort();
-    const cause = late ? new Error(`no answer within ${attemptMs} ms`) : cleanError(call, error);
-    return { call, request, status: 0, headers: new Headers(), bytes: undefined, text: "", cause };
-  } finally {
+    const answer = untilAborted(fetch(url, init).then(readAnswer), signal);
+    const { bytes, ...rest } = await during(call, `waiting for ${labelOf(request)}`, answer);
     clearTimeout(timer);
-    unlink();
+    // The unread rest of a body would keep the connection and its sender busy.
+    if (!bytes) controller.abort();
+    return { ...reply, ...rest, bytes };
+  } catch (error) {
+    const late = signal.aborted;
+    clearTimeout(timer);
+    controller.abort();
+    call.signal.throwIfAborted();
+    const cause = late ? new Error(`no answer within ${timeoutMs} ms`) : cleanError(call, error);
+    return { ...reply, cause };
   }
 }
 
-/** The whole body, or undefined when it is larger than anybody here has reason to send. */
-async function readBody({ body }: Response): Promise<Uint8Array | undefined> {
+/** With the whole body, unless it is larger than anybody here has reason to send. */
+async function readAnswer(
+  { status, headers, body }: Response,
+): Promise<Pick<Reply, "status" | "headers" | "bytes" | "text">> {
   const chunks: Uint8Array[] = [];
   let length = 0;
-  const reader = body?.getReader();
-  for (let part = await reader?.read(); part && !part.done; part = await reader?.read()) {
-    length += part.value.byteLength;
-    if (length > MAX_BODY_BYTES) return undefined;
-    chunks.push(part.value);
+  for await (const chunk of body ?? []) {
+    length += chunk.byteLength;
+    if (length > MAX_BODY_BYTES) return { status, headers, bytes: undefined, text: "" };
+    chunks.push(chunk);
   }
-  return Buffer.concat(chunks);
+  const bytes = Buffer.concat(chunks);
+  return { status, headers, bytes, text: new TextDecoder().decode(bytes) };
 }
 
 /**
  * Through a proxy, a metadata request would be answered with the identity of the proxy's host.
- * `fetch` takes no word on proxies, so where the runtime would use one the call stops here.
+ * `fetch` takes no word on proxies, so where the runtime would use one the call stops here. Only
+ * the host's own name in NO_PROXY counts, or `*` alone: on all else no two runtimes agree.
  */
 // https://nodejs.org/api/cli.html#node_use_env_proxy1
 function assertDirect({ protocol, hostname, origin }: URL): void {
-  const { env, versions, execArgv, allowedNodeEnvironmentFlags } = process;
-  const flag = "--use-env-proxy";
-  const flags = `${execArgv.join(" ")} ${env["NODE_OPTIONS"]}`.split(" ");
+  const { env, versions: { bun, deno }, execArgv, allowedNodeEnvironmentFlags } = process;
   // Bun and Deno do so unasked; Node has it from 22.21 and 24.5, and only when asked.
-  const asked = env["NODE_USE_ENV_PROXY"] === "1" || flags.includes(flag);
-  const able = versions["bun"] || versions["deno"] || allowedNodeEnvironmentFlags.has(flag);
-  if (!able || !(asked || versions["bun"] || versions["deno"])) return;
+  const asked = env["NODE_USE_ENV_PROXY"] === "1"
+    || /(^|[\s"])--use[-_]env[-_]proxy/.test(`${execArgv.join(" ")} ${env["NODE_OPTIONS"]}`);
+  if (!bun && !deno && !(asked && allowedNodeEnvironmentFlags.has("--use-env-proxy"))) return;
   // Without a proxy of its own, https goes through that of http.
-  const schemes = protocol === "https:" ? ["https", "http", "all"] : ["http", "all"];
-  const names = schemes.flatMap((scheme) => [`${scheme}_proxy`, `${scheme}_proxy`.toUpperCase()]);
-  const proxy = names.find((name) => env[name]);
-  const direct = env["no_proxy"] ?? env["NO_PROXY"] ?? "";
-  const exempt = direct.toLowerCase().split(/[\s,]+/).some((entry) => {
-    const name = entry.replace(/^\*?\./, "");
-    return entry === "*" || hostname === name || (name && hostname.endsWith(`.${name}`));
+  const variable = protocol === "https:" ? /^(https?|all)_proxy$/i : /^(http|all)_proxy$/i;
+  const proxy = Object.keys(env).find((name) => variable.test(name) && env[name]);
+  // Deno knows neither `*` nor spaces, and wants IPv6 addresses without the brackets of the others.
+  const own = [hostname, hostname.replace(/[[\]]/g, "")];
+  const lists = [env["no_proxy"], env["NO_PROXY"]].filter((list) => list !== undefined);
+  const exempt = lists.length > 0 && lists.every((list) => {
+    const names = list.split(",").map((name) => name.trim());
+    const spaced = !deno && (list === "*" || list.split(/[\s,]+/).includes(hostname));
+    return spaced || own.every((name) => names.includes(name));
   });
   assertConfig(
     !proxy || exempt,
-    `${proxy} would proxy ${origin}, and the proxy's host would answer with its own identity;` +
-      ` set NO_PROXY=${direct && `${direct},`}${hostname}`,
+    `${proxy} would proxy ${origin}: set NO_PROXY=${[...new Set([...lists, ...own])].join(",")}`,
   );
 }
 
@@ -1722,19 +1664,23 @@ function serverClock({ call, headers }: Reply): number {
   return Number.isNaN(dateMs) ? clock(call) : dateMs;
 }
 
-/** `exchange: POST https://… answered 503 (attempt 3)`: what was tried, where, what came back. */
+/** `Aembit: POST https://…`: what is asked, and where. */
+function labelOf({ name, method = "GET", url }: Outgoing): string {
+  return `${name}: ${method} ${shownUrl(url)}`;
+}
+
+/** `Aembit: POST https://… answered 503 (attempt 3)`: what was tried, where, what came back. */
 function outcome({ request, status, attempts, cause, note }: Reply): string {
-  const { what, method = "GET", url } = request;
   const answer = cause ? `failed: ${cause.message}` : `answered ${status}`;
   const tries = attempts > 1 ? ` (attempt ${attempts})` : "";
-  return `${what}: ${method} ${shownUrl(url)} ${answer}${tries}${note ? `; ${note}` : ""}`;
+  return `${labelOf(request)} ${answer}${tries}${note ? `; ${note}` : ""}`;
 }
 
 /** The error of an answer: what was tried, what the service says of it, and what to do next. */
-function failure(reply: Reply, code: AembitAuthErrorCode, hint = ""): AembitAuthError {
+function failure(reply: Reply, code: AembitAuthErrorCode, hint = ERRORS[code][1]): AembitAuthError {
   const { status, attempts, cause } = reply;
   const message = [outcome(reply), serviceMessage(reply), hint].filter(Boolean).join("; ");
-  const retryable = status === 0 || status === 429 || status >= 500;
+  const retryable = RETRIED.includes(status) || status >= 500;
   const details = { status: status || undefined, attempts, cause, retryable };
   return new AembitAuthError(code, message, details);
 }
@@ -1744,18 +1690,20 @@ function failure(reply: Reply, code: AembitAuthErrorCode, hint = ""): AembitAuth
 
 /** What is worth keeping between the calls of one client. */
 interface Memory {
-  imdsToken?: { readonly value: string; readonly sinceMs: number; readonly endsMs: number } | undefined;
-  imdsRole?: string | undefined;
+  token?: { value: string; endsMs: number } | undefined;
+  role?: string | undefined;
   evidence?: Evidence;
   reading?: Shared<Evidence>;
   /** Aembit's clock less ours, as far as it was needed. */
   skewMs: number;
   /** The same as last seen, for the doctor. */
   seenSkewMs?: number;
+  /** What is being waited for, for the message when time runs out. */
+  readonly steps: Set<{ readonly step: string }>;
 }
 
 function newMemory(): Memory {
-  return { skewMs: 0 };
+  return { skewMs: 0, steps: new Set() };
 }
 
 /** One call under way: its configuration, its end, and what it has learnt. */
@@ -1766,14 +1714,12 @@ interface Call extends Omit<Config, "signal"> {
   readonly deadlineMs: number;
   /** Reads that several parts of the call wait for. */
   readonly once: {
-    imdsToken?: Promise<string> | undefined;
+    token?: Promise<string> | undefined;
     region?: Promise<string>;
     task?: Promise<Reply>;
   };
   /** Cut out of whatever a server says. */
   readonly secrets: Set<string>;
-  /** What it is doing, for the message when time runs out. */
-  readonly progress: { step: string };
   skewMs: number;
 }
 
@@ -1788,38 +1734,40 @@ async function runCall<T>(
   const { timeoutMs } = config;
   const controller = new AbortController();
   const { signal } = controller;
-  const progress = { step: "starting" };
-  const deadlineMs = performance.now() + timeoutMs;
   const call: Call = {
-    ...config, memory, signal, deadlineMs, once: {}, secrets: new Set(), progress,
+    ...config,
+    memory,
+    signal,
+    deadlineMs: performance.now() + timeoutMs,
+    once: {},
+    secrets: new Set(),
     skewMs: memory.skewMs,
   };
-  const unlink = [config.signal, outer].map((end) =>
-    end && onAbort(end, () => controller.abort(end.reason)));
   const timer = setTimeout(() => {
-    const message = `no result within ${timeoutMs} ms; last step: ${progress.step}`;
+    const steps = [...memory.steps].map(({ step }) => step).join(", ");
+    const message = `no result within ${timeoutMs} ms, ${nameOf("timeoutMs")}: ${steps}`;
     controller.abort(new AembitAuthError("timeout", message));
   }, timeoutMs);
   try {
-    signal.throwIfAborted();
-    return await untilAborted(work(call), signal);
+    const ends = [config.signal, outer, signal];
+    for (const end of ends) end?.throwIfAborted();
+    let result = work(call);
+    for (const end of ends) result = untilAborted(result, end);
+    return await result;
   } finally {
     clearTimeout(timer);
-    for (const remove of unlink) remove?.();
     // Reads that the result did not need, or that failed with it, stop here.
     controller.abort();
   }
 }
 
-/** Work that any number of callers wait for. It ends with the last of them, unless it is kept. */
+/** Work that any number of callers wait for, and that is abandoned with the last of them. */
 class Shared<T> {
   readonly result: Promise<T>;
   /** Settled or abandoned: not to be joined any more. */
   ended = false;
-  /** Goes on without anybody waiting. */
-  background = false;
   #waiting = 0;
-  readonly #controller = new AbortController();
+  #controller = new AbortController();
 
   constructor(work: (signal: AbortSignal) => Promise<T>) {
     this.result = work(this.#controller.signal).finally(() => {
@@ -1827,8 +1775,6 @@ class Shared<T> {
       // Reads that failed with it stop here.
       this.#controller.abort();
     });
-    // Each caller that joins hears of a failure; with nobody there it is not an unhandled one.
-    this.result.catch(() => {});
   }
 
   async join(signal: AbortSignal | undefined): Promise<T> {
@@ -1837,7 +1783,7 @@ class Shared<T> {
       return await untilAborted(this.result, signal);
     } finally {
       this.#waiting -= 1;
-      if (this.#waiting === 0 && !this.background && !this.ended) {
+      if (this.#waiting === 0) {
         this.ended = true;
         this.#controller.abort();
       }
@@ -1849,24 +1795,18 @@ class Shared<T> {
 function untilAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
   if (!signal) return work;
   return new Promise((resolve, reject) => {
-    const unlink = onAbort(signal, () => reject(signal.reason));
-    work.then(resolve, reject).finally(unlink);
+    const abandon = (): void => reject(signal.reason);
+    if (signal.aborted) abandon();
+    else signal.addEventListener("abort", abandon, { once: true });
+    work.then(resolve, reject).finally(() => signal.removeEventListener("abort", abandon));
   });
 }
 
-/** Calls back at once or later; the result takes the listener off a signal that lives on. */
-function onAbort(signal: AbortSignal, listener: () => void): () => void {
-  if (signal.aborted) listener();
-  else signal.addEventListener("abort", listener, { once: true });
-  return () => signal.removeEventListener("abort", listener);
-}
-
-function sleep(ms: number, signal: AbortSignal): Promise<void> {
-  let timer: ReturnType<typeof setTimeout> | undefined;
-  const slept = new Promise<void>((resolve) => {
-    timer = setTimeout(resolve, ms);
-  });
-  return untilAborted(slept, signal).finally(() => clearTimeout(timer));
+/** Work and what it is, for the message when time runs out before it is done. */
+function during<T>({ memory, signal }: Call, step: string, work: Promise<T>): Promise<T> {
+  const entry = { step };
+  memory.steps.add(entry);
+  return untilAborted(work, signal).finally(() => memory.steps.delete(entry));
 }
 
 /** The time, corrected by what Aembit's clock has taught us. */
@@ -1881,9 +1821,9 @@ function clock(call: Call): number {
 
 const MAX_SHOWN = 200;
 
-function keepSecret(call: Call, ...secrets: readonly (string | undefined)[]): void {
+function keepSecret(call: Call, ...secrets: readonly unknown[]): void {
   for (const secret of secrets) {
-    if (secret) call.secrets.add(secret).add(encodeURIComponent(secret));
+    if (isString(secret) && secret) call.secrets.add(secret);
   }
 }
 
@@ -1892,8 +1832,12 @@ function keepSecret(call: Call, ...secrets: readonly (string | undefined)[]): vo
  * every unbroken run of 40 or more characters of which keys, tokens and signatures are made.
  */
 function shown(call: Call, text: string): string {
-  let line = text.replace(/[^\p{L}\p{M}\p{N}\p{P}\p{S}]+/gu, " ");
-  for (const secret of call.secrets) line = line.replaceAll(secret, "[cut]");
+  let line = text.replace(/[\p{C}\p{Z}]+/gu, " ");
+  for (const secret of call.secrets) {
+    // However a server escapes it: its words in their order, and whatever stands between them.
+    const words = secret.split(/\W+/).join(".{1,40}?");
+    line = line.replace(new RegExp(`${words}\\S*`, "g"), "[cut]");
+  }
   const clean = [...line.replace(/[\w+/=.~%-]{40,}/g, "[cut]").trim()];
   return clean.length > MAX_SHOWN ? `${clean.slice(0, MAX_SHOWN - 1).join("")}…` : clean.join("");
 }
@@ -1901,12 +1845,17 @@ function shown(call: Call, text: string): string {
 /** What a service says of its refusal: Aembit and AWS in JSON or XML, the agents in plain text. */
 function serviceMessage({ call, text, status }: Reply): string {
   const json = parseJson(text);
+  if (isRecord(json)) {
+    // An answer may quote the very secrets that it brings.
+    const { SecretAccessKey, Token, accessToken, data } = json;
+    keepSecret(call, SecretAccessKey, Token, accessToken, ...Object.values(Object(data)));
+  }
+  // Markup and broken JSON tell a person nothing, and the body of a success may be a secret.
+  const plain = status >= 400 && !/^\s*[<{[]/.test(text) ? text : "";
   const words = isRecord(json)
     ? [json["Code"] ?? json["code"], json["message"] ?? json["Message"]]
-    : [xmlText(text, "Code"), xmlText(text, "Message")];
-  // Markup and broken JSON tell a person nothing, and the body of a success may be a secret.
-  if (status >= 400 && !/^\s*[<{[]/.test(text)) words.push(typeof json === "string" ? json : text);
-  const said = words.filter((word) => typeof word === "string" && word.trim() !== "");
+    : [xmlText(text, "Code"), xmlText(text, "Message"), plain];
+  const said = words.filter((word) => isString(word) && word.trim() !== "");
   return said.length > 0 ? `"${shown(call, said.join(": "))}"` : "";
 }
 
@@ -1915,15 +1864,12 @@ function serviceMessage({ call, text, status }: Reply): string {
  * further: Bun's holds the whole URL, and header errors quote the value.
  */
 function cleanError(call: Call, error: unknown): Error {
-  let code: unknown;
-  for (let inner = error, depth = 0; inner instanceof Error && depth < 5; depth += 1) {
-    code = "code" in inner && typeof inner.code === "string" ? inner.code : code;
-    inner = inner.cause;
-  }
-  const words = error instanceof Error ? error.message.replace(/\S+:\/\/\S+/g, "") : "";
-  return typeof code === "string"
-    ? Object.assign(new Error(shown(call, code)), { code: shown(call, code) })
-    : new Error(shown(call, words) || "unknown error");
+  const outer = isRecord(error) ? error : {};
+  const inner = isRecord(outer["cause"]) ? outer["cause"] : outer;
+  const code = inner["code"] ?? outer["code"];
+  const words = String(outer["message"] ?? "no reason given").replace(/\S+:\/\/\S+/g, "");
+  const text = shown(call, isText(code) ? code : words);
+  return Object.assign(new Error(text), isText(code) && { code: text });
 }
 
 /** A URL without its query, which may hold anything. */
@@ -1936,23 +1882,23 @@ function trimUrl(url: string): string {
   return shownUrl(url).replace(/\/+$/, "");
 }
 
-/** Secrets live behind getters of a prototype made for the one object that shows the rest. */
-class Concealed {
-  toJSON(): object {
-    return { ...this };
-  }
-  // Node, Bun and Deno ask for this before they look at anything else.
-  [Symbol.for("nodejs.util.inspect.custom")](): object {
-    return { ...this };
-  }
+function showVisible(this: object): object {
+  return { ...this };
 }
+
+/** How an object with secrets shows itself: by what it holds in the open. */
+const CONCEALED = {
+  toJSON: showVisible,
+  // Node, Bun and Deno ask for this before they look at anything else.
+  [Symbol.for("nodejs.util.inspect.custom")]: showVisible,
+};
 
 /**
  * An object whose hidden values are read by property only. Properties that are merely not
  * enumerable would not do: `util.inspect` with `showHidden` prints them.
  */
 function conceal<S extends object, H extends object>(visible: S, hidden: H): Readonly<S & H> {
-  const getters: object = Object.create(Concealed.prototype);
+  const getters: object = Object.create(CONCEALED);
   for (const [name, value] of Object.entries(hidden)) {
     Object.defineProperty(getters, name, { get: () => value, enumerable: true });
   }
@@ -1971,18 +1917,13 @@ function parseJson(text: string): unknown {
 /** Absent is undefined; what is not a date is an invalid one. Without a zone it is UTC. */
 function parseDate(value: unknown): Date | undefined {
   if (value === undefined || value === null) return undefined;
-  const text = typeof value === "string" ? value : "";
+  const text = isString(value) ? value : "";
   return new Date(/T[\d:.]+$/.test(text) ? `${text}Z` : text);
 }
 
 /** The values of STS need no entities, and its tags no attributes. */
 function xmlText(text: string, tag: string): string | undefined {
   return new RegExp(`<${tag}>([^<]*)</${tag}>`).exec(text)?.[1]?.trim();
-}
-
-/** Of bytes, not of text: decoding would replace what is not UTF-8. */
-function toBase64({ bytes }: Reply): string {
-  return Buffer.from(bytes ?? []).toString("base64");
 }
 
 function isRecord(value: unknown): value is Record<string, unknown> {
@@ -1993,12 +1934,20 @@ function isFunction(value: unknown): value is (...args: unknown[]) => unknown {
   return typeof value === "function";
 }
 
+function isString(value: unknown): value is string {
+  return typeof value === "string";
+}
+
+function isDate(value: unknown): value is Date {
+  return value instanceof Date && !Number.isNaN(value.getTime());
+}
+
 function isShortText(value: unknown): value is string {
-  return typeof value === "string" && isText(value.trim()) && value.length <= MAX_TEXT;
+  return isText(value) && value.length <= MAX_TEXT;
 }
 
 function isText(value: unknown): value is string {
-  return typeof value === "string" && VISIBLE_ASCII.test(value);
+  return isString(value) && VISIBLE_ASCII.test(value);
 }
 
 /** For `a|b|c`, as the help text shows a choice. */
@@ -2023,20 +1972,22 @@ function isCode(error: unknown, code: AembitAuthErrorCode): error is AembitAuthE
 // The result on stdout, everything else on stderr, one line for a failure, and an exit status that
 // a script can act on.
 
+const FORMATS = "json|sh-export|sh-env|powershell-env|aws-credential-process";
+
 /** Every flag and what it takes, the empty text for nothing. */
 const FLAGS: Readonly<Record<string, string>> = {
   ...Object.fromEntries(Object.entries(OPTIONS).slice(0, 8).map(([name, [, rule]]) =>
     [toFlag(name), rule])),
-  timeout: "seconds",
-  "server-workload-host": "a host",
-  "server-workload-port": "a port",
-  "credential-type": "a word",
-  "output-format": "json|sh-export|sh-env|powershell-env|aws-credential-process",
-  "instance-identity": "",
-  json: "",
-  verbose: "",
-  help: "",
-  version: "",
+  "--timeout": "seconds",
+  "--server-workload-host": "a host",
+  "--server-workload-port": "a port",
+  "--credential-type": "a word",
+  "--output-format": FORMATS,
+  "--instance-identity": "",
+  "--json": "",
+  "--verbose": "",
+  "--help": "",
+  "--version": "",
 };
 
 type Flags = Readonly<Record<string, string>>;
@@ -2069,54 +2020,56 @@ async function main(args: readonly string[]): Promise<number> {
   // A reader that has seen enough (`| head`) is no failure of ours.
   for (const stream of [stdout, stderr]) stream.on("error", () => {});
   process.on("SIGINT", onInterrupt);
+  let exit = 0;
   try {
     const { command, flags } = parseArguments(args);
-    const debug = flags["verbose"] === undefined ? (): void => {} : tell;
+    const debug = flags["--verbose"] ? tell : (): void => {};
     const logger = { debug, warn: (line: string): void => tell(`warning: ${line}`) };
     const options = { ...toOptions(flags), signal, logger };
-    if (flags["version"] !== undefined) print(VERSION);
-    else if (flags["help"] !== undefined) print(usage());
+    if (flags["--version"]) print(VERSION);
+    else if (flags["--help"]) print(usage());
     else await COMMANDS[command]?.run(options, print, flags);
-    return 0;
   } catch (error) {
-    if (signal.aborted) return EXIT_INTERRUPTED;
-    if (!(error instanceof AembitAuthError)) throw error;
-    const { code, message, status } = error;
-    const json = args.includes("--json") && JSON.stringify({ error: { code, message, status } });
-    if (json) stderr.write(`${json}\n`);
-    else tell(`${code}: ${message}`);
-    return ERRORS[code][0];
-  } finally {
-    process.removeListener("SIGINT", onInterrupt);
+    exit = signal.aborted ? EXIT_INTERRUPTED : reportFailure(error, args.includes("--json"));
   }
+  process.removeListener("SIGINT", onInterrupt);
+  return exit;
+}
+
+/** One line on stderr. What is not an error of ours is a bug, and may show its stack. */
+function reportFailure(error: unknown, asJson: boolean): number {
+  if (!(error instanceof AembitAuthError)) throw error;
+  const { code, message, status } = error;
+  const json = JSON.stringify({ error: { code, message, status } });
+  process.stderr.write(asJson ? `${json}\n` : `aembit-auth: ${code}: ${message}\n`);
+  return ERRORS[code][0];
 }
 
 /** `--flag value` or `--flag=value`; what is not known is refused together with what is. */
 function parseArguments(args: readonly string[]): { command: string; flags: Flags } {
   const flags: Record<string, string> = {};
-  const words = [...args];
-  const command = words[0]?.startsWith("-") === false ? words.shift() ?? "" : "token";
+  const words = args.flatMap((word) => /^(--[\w-]+)=(.*)$/s.exec(word)?.slice(1) ?? word);
+  const command = words.find((word, index) => index === 0 && !word.startsWith("-")) ?? "token";
   const known = Object.hasOwn(COMMANDS, command);
   assertConfig(known, `unknown command, not ${Object.keys(COMMANDS).join("|")}`);
+  if (command === words[0]) words.shift();
   for (let word = words.shift(); word !== undefined; word = words.shift()) {
-    const [, name = "", inline] = /^--([\w-]+)(?:=(.*))?$/s.exec(word) ?? [];
-    const takes = Object.hasOwn(FLAGS, name) ? FLAGS[name] : undefined;
-    assertConfig(takes !== undefined, `unknown flag, not --${Object.keys(FLAGS).join("|--")}`);
-    const value = inline ?? (takes ? words.shift() : "");
-    const right = takes ? value && !value.startsWith("--") : !value;
-    assertConfig(right, `--${name} takes ${takes || "no value"}`);
-    flags[name] = value ?? "";
+    const takes = Object.hasOwn(FLAGS, word) ? FLAGS[word] : undefined;
+    assertConfig(takes !== undefined, `unknown flag, not ${Object.keys(FLAGS).join("|")}`);
+    const value = takes ? words.shift() : "yes";
+    assertConfig(value && !value.startsWith("--"), `${word} takes ${takes}`);
+    flags[word] = value;
   }
   return { command, flags };
 }
 
 /** The options that flags set. Their values are checked where all options are. */
 function toOptions(flags: Flags): AembitAuthOptions {
-  const { timeout, "instance-identity": identity } = flags;
+  const { "--timeout": timeout, "--instance-identity": identity } = flags;
   return {
     ...Object.fromEntries(Object.keys(OPTIONS).map((name) => [name, flags[toFlag(name)]])),
-    timeoutMs: timeout === undefined ? undefined : Number(timeout) * 1000,
-    instanceIdentity: identity === undefined ? undefined : true,
+    timeoutMs: timeout ? Number(timeout) * 1000 : undefined,
+    instanceIdentity: identity ? true : undefined,
   };
 }
 
@@ -2125,13 +2078,13 @@ function usage(): string {
   return [
     "aembit-auth [command] [flags]",
     ...Object.entries(COMMANDS).map(([name, { help }]) => row(name, help)),
-    ...Object.entries(FLAGS).map(([name, takes]) => row(`--${name}`, takes)),
+    ...Object.entries(FLAGS).map(([name, takes]) => row(name, takes)),
   ].join("\n");
 }
 
 async function printToken(options: AembitAuthOptions, print: Print, flags: Flags): Promise<void> {
   const { accessToken, ...rest } = await authenticate(options);
-  print(flags["json"] === undefined ? accessToken : JSON.stringify({ accessToken, ...rest }));
+  print(flags["--json"] ? JSON.stringify({ accessToken, ...rest }) : accessToken);
 }
 
 async function printRequest(options: AembitAuthOptions, print: Print): Promise<void> {
@@ -2145,149 +2098,130 @@ async function printHeaders(options: AembitAuthOptions, print: Print): Promise<v
   print(JSON.stringify(signed.aws.stsGetCallerIdentity));
 }
 
-/** Quotes as the shells read them; PowerShell takes four typographic quotes for its own. */
-// https://learn.microsoft.com/powershell/module/microsoft.powershell.core/about/about_quoting_rules
-const quoteSh = (value: string): string => `'${value.replaceAll("'", "'\\''")}'`;
-const quotePowerShell = (value: string): string => `'${value.replace(/['‘’‚‛]/g, "$&$&")}'`;
-
-/** How a credential is printed. The assignments are one for each key of `data`. */
-const FORMATS: Readonly<Record<string, (credential: AembitCredentials) => string>> = {
-  json: ({ credentialType, expiresAt, data }) =>
-    JSON.stringify({ credentialType, expiresAt, data: Object.fromEntries(fieldsOf(data)) }),
-  "sh-export": ({ data }) => assign(data, (name, value) => `export ${name}=${quoteSh(value)}`),
-  "sh-env": ({ data }) => assign(data, (name, value) => `${name}=${quoteSh(value)}`),
-  "powershell-env": ({ data }) =>
-    assign(data, (name, value) => `$env:${name} = ${quotePowerShell(value)}`),
-  // https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html
-  "aws-credential-process": ({ data, expiresAt }) =>
-    JSON.stringify({
-      Version: 1,
-      AccessKeyId: data["awsAccessKeyId"],
-      SecretAccessKey: data["awsSecretAccessKey"],
-      SessionToken: data["awsSessionToken"],
-      ...(expiresAt && { Expiration: expiresAt }),
-    }),
-};
-
 async function printCredentials(
   options: AembitAuthOptions,
   print: Print,
   flags: Flags,
 ): Promise<void> {
   const {
-    "server-workload-host": host = "",
-    "server-workload-port": port,
-    "credential-type": credentialType = "",
-    "output-format": format = "json",
+    "--server-workload-host": host = "",
+    "--server-workload-port": port,
+    "--credential-type": credentialType = "",
+    "--output-format": format = "json",
   } = flags;
-  const write = Object.hasOwn(FORMATS, format) && FORMATS[format];
-  assertConfig(write, `--output-format must be ${FLAGS["output-format"]}`);
+  assertConfig(isOneOf(FORMATS)(format), `--output-format must be ${FORMATS}`);
   const aws = format !== "aws-credential-process" || credentialType === "AwsStsFederation";
   assertConfig(aws, `--output-format ${format} needs --credential-type AwsStsFederation`);
   const request = { host, port: Number(port), credentialType };
-  print(write(await new AembitAuth(options).getCredentials(request)));
+  print(render(await new AembitAuth(options).getCredentials(request), format));
 }
 
-/** Hidden values are getters of the prototype, which `for…in` sees and spreading does not. */
-function fieldsOf(data: AembitCredentials["data"]): [string, unknown][] {
+/** How a shell assigns a variable, and what stands for a quote within single quotes. */
+// https://learn.microsoft.com/powershell/module/microsoft.powershell.core/about/about_quoting_rules
+const SHELLS: Readonly<Record<string, readonly [string, string, quote: RegExp, quoted: string]>> = {
+  "sh-export": ["export ", "=", /'/g, "'\\''"],
+  "sh-env": ["", "=", /'/g, "'\\''"],
+  // PowerShell takes four typographic quotes for its own.
+  "powershell-env": ["$env:", " = ", /['‘’‚‛]/g, "$&$&"],
+};
+
+/** A credential as the format wants it, or an error for what the format cannot hold. */
+function render(credential: AembitCredentials, format: string): string {
+  const { data, expiresAt } = credential;
+  // Hidden values are getters of the prototype, which `for…in` sees and spreading does not.
   const fields: [string, unknown][] = [];
   for (const name in data) if (name !== "toJSON") fields.push([name, data[name]]);
-  return fields;
-}
-
-/** `apiKey` becomes `API_KEY`. A server's key that is no name of a variable could be a command. */
-function assign(
-  data: AembitCredentials["data"],
-  line: (name: string, value: string) => string,
-): string {
-  return fieldsOf(data).map(([key, value]) => {
+  if (format === "json") return JSON.stringify({ ...credential, data: Object.fromEntries(fields) });
+  const misfit = new AembitAuthError("invalid_edge_response", `the data does not fit ${format}`);
+  const shell = SHELLS[format];
+  if (!shell) {
+    // https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html
+    const { awsAccessKeyId, awsSecretAccessKey, awsSessionToken } = data;
+    if (!isText(awsAccessKeyId) || !isText(awsSecretAccessKey)) throw misfit;
+    return JSON.stringify({
+      Version: 1,
+      AccessKeyId: awsAccessKeyId,
+      SecretAccessKey: awsSecretAccessKey,
+      SessionToken: awsSessionToken,
+      Expiration: expiresAt ?? undefined,
+    });
+  }
+  const [prefix, equals, quote, quoted] = shell;
+  return fields.filter(([, value]) => value !== null).map(([key, value]) => {
+    // `apiKey` becomes `API_KEY`. A key that is no name of a variable could be a command.
     const name = key.replace(/([a-z\d])([A-Z])/g, "$1_$2").toUpperCase();
-    const text = typeof value === "string" ? value : JSON.stringify(value);
-    if (/^[A-Z_][A-Z\d_]*$/.test(name) && !text.includes("\0")) return line(name, text);
-    const message = "data cannot be variables; use --output-format json";
-    throw new AembitAuthError("invalid_edge_response", message);
+    const text = isString(value) ? value : JSON.stringify(value);
+    if (!/^[A-Z_][A-Z\d_]*$/.test(name) || text.includes("\0")) throw misfit;
+    return `${prefix}${name}${equals}'${text.replace(quote, quoted)}'`;
   }).join("\n");
 }
 
 // --- 14. Doctor ---
 // The same functions as in a real run, one at a time, each with its own line.
 
-/** A check passed (`ok`), found nothing to check (`-`), or is worth a look (`warn`). */
-type Finding = readonly [mark: "ok" | "-" | "warn" | "FAIL", text: string];
-
-/** Prints one line and returns its mark. What is in vain is not asked. */
-type Check = (
-  name: string,
-  asked: boolean,
-  work: (call: Call) => Promise<Finding> | Finding,
-) => Promise<Finding[0]>;
-
 async function examine(options: AembitAuthOptions, print: Print): Promise<void> {
   const memory = newMemory();
-  const { source } = readOptions(options);
-  let first: AembitAuthError | undefined;
-  const check: Check = async (name, asked, work) => {
+  let failed: AembitAuthError | undefined;
+  /** Prints one line, and says whether there was anything to find. What is in vain is not asked. */
+  const check = async (
+    name: string,
+    work: false | ((call: Call) => Promise<string | undefined>),
+    optional = false,
+  ): Promise<boolean> => {
     const startedMs = performance.now();
-    let finding: Finding = ["-", "not asked"];
+    let [mark, text] = ["-", "not asked"];
     try {
-      if (asked) finding = await runCall(options, memory, async (call) => work(call));
+      const found = work && await runCall(options, memory, work);
+      if (found) [mark, text] = ["ok", found];
     } catch (error) {
       if (!(error instanceof AembitAuthError)) throw error;
-      first ??= error;
-      finding = ["FAIL", `${error.code}: ${error.message}`];
+      text = `${error.code}: ${error.message}`;
+      if (!optional || error.code !== "no_aws_credentials") mark = "FAIL";
+      if (mark === "FAIL") failed ??= error;
     }
-    const [mark, text] = finding;
-    const ms = Math.round(performance.now() - startedMs);
-    print(`${mark.padEnd(5)}${name.padEnd(13)} ${text}${asked ? ` (${ms} ms)` : ""}`);
-    return mark;
+    const took = work ? ` (${Math.round(performance.now() - startedMs)} ms)` : "";
+    print(`${mark.padEnd(5)}${name.padEnd(13)} ${text}${took}`);
+    return mark !== "-";
   };
-  await examineSetup(check, source);
-  const ready = first === undefined;
-  let token: Promise<AembitToken> | undefined;
-  await check("clock", ready, async (call) => {
-    token = exchange(call);
-    await token.catch(() => {});
-    const seconds = Math.round((memory.seenSkewMs ?? 0) / 1000);
-    return [Math.abs(seconds * 1000) > MAX_SKEW_MS ? "warn" : "ok", `${seconds} s behind Aembit's`];
-  });
-  await check("exchange", ready, async () => ["ok", `a token for ${(await token)?.expiresIn} s`]);
-  if (first) throw first;
+  await check("client ID", async (call) => readEdge(call).clientId);
+  await check("Edge URL", async (call) => failed ? undefined : readEdge(call).origin);
+  let settled = false;
+  for (const [name] of SOURCE_TABLE) {
+    // The last one has to answer: there is nowhere else to look.
+    const found = check(name, !settled && (async (call) => examineSource(call, name)),
+      name !== "imds");
+    settled = await found || settled;
+  }
+  await check("region", !failed && findRegion);
+  await check("ECS metadata", !failed && (async (call) =>
+    (await findEcsMetadata(call)) ? "read" : "none to send"));
+  await check("exchange", !failed && (async (call) =>
+    `a token for ${(await exchange(call)).expiresIn} s`));
+  const { seenSkewMs } = memory;
+  await check("clock", seenSkewMs !== undefined && (async () => offBy(seenSkewMs)));
+  if (failed) throw failed;
 }
 
-/** Everything before the exchange; returns nothing, as each check has its say on its own. */
-async function examineSetup(check: Check, source: Config["source"]): Promise<void> {
-  const target = await check("client ID", true, (call) => ["ok", readEdge(call).clientId]);
-  await check("Edge URL", target === "ok", (call) => ["ok", readEdge(call).origin]);
-  let settled = false;
-  for (const name of SOURCE_NAMES) {
-    const asked = !settled && (source === "auto" || source === name);
-    const mark = await check(name, asked, async (call) => {
-      const reason = whyAbsent(call, name);
-      if (reason !== undefined) return ["-", reason];
-      const { accessKeyId, expiration } = await loadFrom(call, name, []);
-      return ["ok", `${accessKeyId} until ${expiration?.toISOString() ?? "changed"}`];
-    });
-    settled ||= mark !== "-";
-  }
-  // Where no source is configured, this says so for all of them.
-  if (!settled) await check("credentials", true, async (call) => ["ok", String(await findCredentials(call))]);
-  await check("region", true, async (call) => ["ok", await findRegion(call)]);
-  await check("ECS metadata", true, async (call) =>
-    (await findEcsMetadata(call)) ? ["ok", "read"] : ["-", "none to send"]);
+async function examineSource(call: Call, name: CredentialSource): Promise<string | undefined> {
+  if (call.source !== "auto" && call.source !== name) return undefined;
+  const { accessKeyId, expiration } = await findCredentials({ ...call, source: name });
+  return `${accessKeyId} until ${expiration?.toISOString() ?? "changed"}`;
 }
 
 /** Whether this file is what was started, and not part of something else that was. */
 async function isEntry(): Promise<boolean> {
-  const [url, script] = [import.meta.url ?? "", process.argv[1] ?? ""];
+  const [url, script] = [String(import.meta.url), String(process.argv[1])];
   const own = /[\\/]aembit-auth[^\\/]*$/;
   // In a bundle, `import.meta.main` is true for the whole program, whose name is another.
-  if (!own.test(url)) return false;
-  if (import.meta.main || !own.test(script)) return import.meta.main;
-  // Node before 24 does not say. The link in node_modules/.bin has another path than the file.
-  const [{ realpath }, { fileURLToPath }] = await Promise.all([
-    import("node:fs/promises"), import("node:url"),
-  ]);
-  return (await realpath(script).catch(() => "")) === fileURLToPath(url);
+  return own.test(url) && (import.meta.main || (own.test(script) && isSameFile(script, url)));
+}
+
+/** Node before 24 does not say. The link in node_modules/.bin has another path than the file. */
+async function isSameFile(path: string, url: string): Promise<boolean> {
+  const { realpath } = await import("node:fs/promises");
+  const [started, file] = await Promise.all([path, new URL(url)].map((name) =>
+    realpath(name).catch(() => name)));
+  return started === file;
 }
 
 void isEntry().then(async (entry) => {
