@@ -565,7 +565,9 @@ export class AembitAuth {
 // checked before the first packet, and a complaint names the option, its flag or its variable, and
 // never the value, which may be a secret in the wrong place.
 
+/** Room for three attempts at Aembit that all time out. */
 const DEFAULT_TIMEOUT_MS = 30_000;
+/** As the AWS SDKs: https://docs.aws.amazon.com/sdkref/latest/guide/feature-retry-behavior.html */
 const DEFAULT_MAX_ATTEMPTS = 3;
 /** Longer timers fire at once: https://nodejs.org/api/timers.html#settimeoutcallback-delay-args */
 const MAX_TIMEOUT_MS = 2 ** 31 - 1;
@@ -575,11 +577,14 @@ const MAX_TEXT = 2048;
 const VISIBLE_ASCII = /^[\x21-\x7e]+$/;
 /** What IDs are made of. */
 const TEXT = `visible ASCII, at most ${MAX_TEXT}`;
+// https://docs.aembit.io/api-guide/edge/auth/aws-iam-role
 const CLIENT_ID_FORM = "aembit:{stack}:{tenant}:identity:{type}:{uuid}";
 /** Stack and tenant become parts of a host name: nothing but host labels may stand there. */
 const CLIENT_ID =
   /^aembit(:(?!-)[a-z\d-]{1,63}(?<!-)){2}:identity:[\w-]+:[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}$/i;
+// https://docs.aws.amazon.com/lambda/latest/api/API_GetFunction.html
 const LAMBDA_ARN = /^arn:[\w-]+:lambda:[a-z\d-]+:\d{12}:function:[\w-]+(:[\w$-]+)?$/;
+/** A form and not a list: a new region must work without a new release of this file. */
 const A_REGION = "a region such as us-east-1";
 const REGION = /^[a-z]{2,}(-[a-z\d]+)+-\d+$/;
 const SOURCES = "auto|env|web-identity|ecs|imds";
@@ -670,11 +675,13 @@ function nameOf(option: string): string {
   return `${option} (${toFlag(option)})`;
 }
 
+/** `timeoutMs` is `--timeout`, in seconds, as a person would type it. */
 function toFlag(option: string): string {
   const words = option.replace("Ms", "").replace(/[A-Z]/g, "-$&");
   return `--${words.toLowerCase()}`;
 }
 
+/** Checked without waiting: an aborted caller is told so even where a token is at hand. */
 function readCallOptions(options: TokenOptions = {}, client?: AembitAuthOptions): TokenOptions {
   assertConfig(isRecord(options), "options must be an object");
   const { signal, forceRefresh = false }: TokenOptions = options;
@@ -685,6 +692,7 @@ function readCallOptions(options: TokenOptions = {}, client?: AembitAuthOptions)
   return options;
 }
 
+/** Both its labels are judged here, so that what is made of them needs no second look. */
 function isClientId(value: unknown): value is string {
   return isShortText(value) && CLIENT_ID.test(value);
 }
@@ -856,6 +864,7 @@ function parseCredentialDocument(reply: Reply): AwsCredentials {
 
 /** The ECS agent and the EKS Pod Identity agent: plain http, but never off the machine. */
 const CONTAINER_HOSTS = ["169.254.170.2", "169.254.170.23", "[fd00:ec2::23]"];
+/** Fixed by AWS; the relative URI is a path on it. */
 const ECS_AGENT = "http://169.254.170.2";
 
 /** ECS, Fargate, EKS Pod Identity, Lambda SnapStart: one endpoint, named by the environment. */
@@ -891,6 +900,7 @@ async function fetchFromContainer(call: Call, url: string): Promise<AwsCredentia
     await sendMetadata(call, { name: "container credentials", url, headers }));
 }
 
+/** Service account tokens are about a kilobyte. */
 const MAX_TOKEN_FILE = 65_536;
 
 /** A pipe would never end and a directory never begin: only regular files of a sane size. */
@@ -909,6 +919,7 @@ async function readTokenFile(call: Call, variable: string): Promise<string> {
   }
 }
 
+/** STS is across the network, and may have to ask the identity provider for its keys. */
 const STS_ATTEMPT_MS = 5_000;
 
 /** EKS IRSA: STS turns the service account's token into role credentials. */
@@ -957,6 +968,7 @@ const IMDS_SEARCH_MS = 2_300;
 const IMDS_ROLES = "/latest/meta-data/iam/security-credentials/";
 const IMDS_ROLE = /^(?!\.+$)[\w+=,.@-]{1,64}$/;
 
+/** Only `true` disables it, as in botocore and the Go SDK. */
 function imdsDisabled({ env }: Call): boolean {
   return env(NO_IMDS)?.toLowerCase() === "true";
 }
@@ -1070,20 +1082,24 @@ function stsHost(region: string): string {
   return `sts.${region}.${DNS_SUFFIXES.find(([prefix]) => region.startsWith(prefix))?.[1]}`;
 }
 
+/** Not longer than a host label, as it becomes one. */
 function isRegion(value: unknown): value is string {
   return isShortText(value) && REGION.test(value) && value.length < 64;
 }
 
+/** For what comes from documents and callers; options have been checked as such. */
 function parseRegion(value: unknown, from = "region"): string {
   const region = isString(value) ? value.trim() : value;
   assertConfig(isRegion(region), `${from} must be ${A_REGION}`);
   return region;
 }
 
+/** Once for each call: the signature, STS and the doctor mean the same region. */
 function findRegion(call: Call): Promise<string> {
   return call.once.region ??= searchRegion(call);
 }
 
+/** As given, then the ARN of the task, then IMDS. The error says of each why it had none. */
 async function searchRegion(call: Call): Promise<string> {
   if (call.region) return call.region;
   const reasons = ["region (--region), AWS_REGION not set"];
@@ -1119,10 +1135,12 @@ async function regionOfInstance(call: Call): Promise<string | undefined> {
 // https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-metadata-endpoint-v4.html
 const ECS_METADATA_URI = "ECS_CONTAINER_METADATA_URI_V4";
 
+/** Undefined off ECS. The host rule is that of the credentials: this is an identity, too. */
 function ecsMetadataBase(call: Call): string | undefined {
   return call.env(ECS_METADATA_URI) && trimUrl(metadataUrl(call, ECS_METADATA_URI));
 }
 
+/** Both documents at the same time; the limit of the endpoint is 40 requests a second. */
 async function fetchEcsMetadata(call: Call): Promise<EcsMetadata> {
   const base = ecsMetadataBase(call);
   assertConfig(base, `${ECS_METADATA_URI} must be set`);
@@ -1179,6 +1197,7 @@ async function fetchInstanceIdentity(call: Call): Promise<InstanceIdentity> {
   };
 }
 
+/** For services that answer 200 or nothing of use: 204, 206 and redirects are failures as well. */
 function expectOk(reply: Reply): Reply {
   if (reply.status === 200) return reply;
   throw failure(reply, "metadata_unavailable");
@@ -1198,6 +1217,7 @@ function toDocument(reply: Reply): string {
 // Pure functions, one for each artefact the documentation names. No clock, no environment.
 // https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
 
+/** The only one that needs nothing but hashes. */
 const ALGORITHM = "AWS4-HMAC-SHA256";
 const FORM = "application/x-www-form-urlencoded; charset=utf-8";
 /** Aembit rebuilds exactly this body from nothing, so not a byte of it may vary. */
@@ -1314,6 +1334,7 @@ function canonicalHeaders(
   return headers;
 }
 
+/** Method, path, query, headers, their names, and the hash of the body, a line each. */
 function canonicalRequest(
   request: SignableRequest,
   headers: ReadonlyMap<string, string>,
@@ -1336,6 +1357,7 @@ function canonicalRequest(
   ].join("\n");
 }
 
+/** Algorithm, time, scope, and the hash of the canonical request. */
 function stringToSign(amzDate: string, scope: string, canonical: string): string {
   return `${ALGORITHM}\n${amzDate}\n${scope}\n${sha256(canonical)}`;
 }
@@ -1385,6 +1407,7 @@ function decode(text: string): string {
   }
 }
 
+/** Lower-case hexadecimal, as every artefact wants it. */
 function sha256(data: string | Uint8Array): string {
   return createHash("sha256").update(data).digest("hex");
 }
@@ -1395,6 +1418,7 @@ function sha256(data: string | Uint8Array): string {
 /** A clock further off than this is corrected, as the AWS SDKs do: AWS bears five minutes. */
 // https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-troubleshooting.html
 const MAX_SKEW_MS = 4 * 60_000;
+/** Aembit asks STS in the meantime, so it is given longer than metadata. */
 const EDGE_ATTEMPT_MS = 10_000;
 /** The last instant a `Date` can hold. */
 const MAX_DATE_MS = 8.64e15;
@@ -1438,6 +1462,7 @@ async function postSigned(
   return { ...second, attempts: first.attempts + second.attempts, note: skew };
 }
 
+/** Positive when the clock here is behind. */
 function offBy(skewMs: number): string {
   return `off by ${Math.round(skewMs / 1000)} s`;
 }
@@ -1453,6 +1478,7 @@ function parseEdgeAnswer(reply: Reply): Record<string, unknown> {
   throw failure(reply, isRejection(status) ? "edge_rejected" : "edge_unavailable");
 }
 
+/** A token that could not stand in a header, or that never ends, is worse than none. */
 function parseToken(reply: Reply): AembitToken {
   const { accessToken, expiresIn, tokenType: type } = parseEdgeAnswer(reply);
   const tokenType = type ?? "Bearer";
@@ -1472,6 +1498,7 @@ interface CredentialsBody {
   readonly connectionMetadata?: Readonly<Record<string, string>>;
 }
 
+/** The caller's part of the body: checked like options, before the first packet. */
 function parseCredentialsRequest(request: AembitCredentialsRequest): CredentialsBody {
   assertConfig(isRecord(request), "request must be an object");
   const { host, port, credentialType, connectionMetadata }: AembitCredentialsRequest = request;
@@ -1488,6 +1515,7 @@ function parseCredentialsRequest(request: AembitCredentialsRequest): Credentials
   return { server, credentialType, ...(connectionMetadata && { connectionMetadata }) };
 }
 
+/** A 404 and the type `Unknown` both mean that no Access Policy matched. */
 function parseCredentials(reply: Reply): AembitCredentials {
   const { credentialType, expiresAt, data } =
     reply.status === 404 ? { credentialType: "Unknown" } : parseEdgeAnswer(reply);
@@ -1507,12 +1535,16 @@ function parseCredentials(reply: Reply): AembitCredentials {
 
 /** A deadline of the whole attempt: behind an idle time-out, a server that drips holds us. */
 const METADATA_ATTEMPT_MS = 1_000;
+/** The largest document here, the task metadata, is some 15 KiB. */
 const MAX_BODY_BYTES = 1_048_576;
+/** The first pause is at most this, and each may be twice the one before… */
 const BACKOFF_BASE_MS = 200;
+/** …up to this: with three attempts, a call has not lost its 30 seconds to pauses. */
 const BACKOFF_CAP_MS = 2_000;
 /** 0 is no answer at all. */
 const RETRIED: readonly number[] = [0, 429, 500, 502, 503, 504];
 
+/** A request before it is sent, and how much patience it deserves. */
 interface Outgoing {
   /** The subject of every message about this request. */
   readonly name: string;
@@ -1702,6 +1734,7 @@ interface Memory {
   readonly steps: Set<{ readonly step: string }>;
 }
 
+/** A call of its own starts from nothing; a client keeps one for its life. */
 function newMemory(): Memory {
   return { skewMs: 0, steps: new Set() };
 }
@@ -1819,8 +1852,10 @@ function clock(call: Call): number {
 // --- 12. Text and secrets ---
 // Whatever a server or a runtime says is cut down to one harmless line before it is shown.
 
+/** Enough for any sentence of a service, too little for a page of a proxy. */
 const MAX_SHOWN = 200;
 
+/** From here on the text is cut out of whatever is shown of a server's words. */
 function keepSecret(call: Call, ...secrets: readonly unknown[]): void {
   for (const secret of secrets) {
     if (isString(secret) && secret) call.secrets.add(secret);
@@ -1882,6 +1917,7 @@ function trimUrl(url: string): string {
   return shownUrl(url).replace(/\/+$/, "");
 }
 
+/** Own properties only: the getters on the prototype are left out. */
 function showVisible(this: object): object {
   return { ...this };
 }
@@ -1926,6 +1962,7 @@ function xmlText(text: string, tag: string): string | undefined {
   return new RegExp(`<${tag}>([^<]*)</${tag}>`).exec(text)?.[1]?.trim();
 }
 
+/** JSON's objects, and what else has named parts: environments, options, errors. */
 function isRecord(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
@@ -1946,6 +1983,7 @@ function isShortText(value: unknown): value is string {
   return isText(value) && value.length <= MAX_TEXT;
 }
 
+/** Safe in a header, a URL and a log line. */
 function isText(value: unknown): value is string {
   return isString(value) && VISIBLE_ASCII.test(value);
 }
@@ -1960,10 +1998,12 @@ function isWithin(value: unknown, limit: number): value is number {
   return typeof value === "number" && value > 0 && value <= limit;
 }
 
+/** By its shape: a signal may come from another realm, such as a test's virtual machine. */
 function isSignal(value: unknown): value is AbortSignal {
   return isRecord(value) && "aborted" in value && isFunction(value["addEventListener"]);
 }
 
+/** For the few places that tell one failure of ours from another. */
 function isCode(error: unknown, code: AembitAuthErrorCode): error is AembitAuthError {
   return error instanceof AembitAuthError && error.code === code;
 }
@@ -1972,6 +2012,7 @@ function isCode(error: unknown, code: AembitAuthErrorCode): error is AembitAuthE
 // The result on stdout, everything else on stderr, one line for a failure, and an exit status that
 // a script can act on.
 
+/** How `credentials` can print: the shells quote, the last is for the AWS SDKs. */
 const FORMATS = "json|sh-export|sh-env|powershell-env|aws-credential-process";
 
 /** Every flag and what it takes, the empty text for nothing. */
@@ -1992,6 +2033,7 @@ const FLAGS: Readonly<Record<string, string>> = {
 
 type Flags = Readonly<Record<string, string>>;
 
+/** Writes one line to stdout. */
 type Print = (line: string) => void;
 
 /** Every command and what it prints. */
@@ -2073,6 +2115,7 @@ function toOptions(flags: Flags): AembitAuthOptions {
   };
 }
 
+/** From the same tables that are obeyed, so that help cannot fall behind. */
 function usage(): string {
   const row = (name: string, help: string): string => `  ${name.padEnd(24)} ${help}`;
   return [
@@ -2082,11 +2125,13 @@ function usage(): string {
   ].join("\n");
 }
 
+/** The token alone by default, for `$(…)`. */
 async function printToken(options: AembitAuthOptions, print: Print, flags: Flags): Promise<void> {
   const { accessToken, ...rest } = await authenticate(options);
   print(flags["--json"] ? JSON.stringify({ accessToken, ...rest }) : accessToken);
 }
 
+/** For `curl --json @-`, to see what Aembit says with nothing of ours in between. */
 async function printRequest(options: AembitAuthOptions, print: Print): Promise<void> {
   print(JSON.stringify(await createAuthRequest(options)));
 }
@@ -2098,6 +2143,7 @@ async function printHeaders(options: AembitAuthOptions, print: Print): Promise<v
   print(JSON.stringify(signed.aws.stsGetCallerIdentity));
 }
 
+/** What cannot work is refused before Aembit is asked. */
 async function printCredentials(
   options: AembitAuthOptions,
   print: Print,
@@ -2159,6 +2205,7 @@ function render(credential: AembitCredentials, format: string): string {
 // --- 14. Doctor ---
 // The same functions as in a real run, one at a time, each with its own line.
 
+/** Runs all checks, prints all lines, and fails with the first failure there was. */
 async function examine(options: AembitAuthOptions, print: Print): Promise<void> {
   const memory = newMemory();
   let failed: AembitAuthError | undefined;
@@ -2175,9 +2222,9 @@ async function examine(options: AembitAuthOptions, print: Print): Promise<void> 
       if (found) [mark, text] = ["ok", found];
     } catch (error) {
       if (!(error instanceof AembitAuthError)) throw error;
-      text = `${error.code}: ${error.message}`;
-      if (!optional || error.code !== "no_aws_credentials") mark = "FAIL";
-      if (mark === "FAIL") failed ??= error;
+      const absent = optional && error.code === "no_aws_credentials";
+      [mark, text] = absent ? ["-", error.message] : ["FAIL", `${error.code}: ${error.message}`];
+      if (!absent) failed ??= error;
     }
     const took = work ? ` (${Math.round(performance.now() - startedMs)} ms)` : "";
     print(`${mark.padEnd(5)}${name.padEnd(13)} ${text}${took}`);
@@ -2202,6 +2249,7 @@ async function examine(options: AembitAuthOptions, print: Print): Promise<void> 
   if (failed) throw failed;
 }
 
+/** The source as if it were pinned; one that another is pinned over is not asked. */
 async function examineSource(call: Call, name: CredentialSource): Promise<string | undefined> {
   if (call.source !== "auto" && call.source !== name) return undefined;
   const { accessKeyId, expiration } = await findCredentials({ ...call, source: name });

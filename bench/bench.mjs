@@ -190,7 +190,7 @@ note("signatures …");
 const { rows, hashes } = await measureSignatures(library);
 print(
   "Signing GetCallerIdentity",
-  `Times what the ${hashes} hashes of one signature cost by themselves; a new key for each.`,
+  `Times what the ${hashes} hashes of one signature cost by themselves, with a new signing key each time.`,
   table(["", "time", "p10 to p90", "a second, here"], rows.map(({ name, ratios, perSecond }) =>
     [name, ratio(median(ratios)), spreadOf(ratios), Math.round(median(perSecond))])),
 );
