@@ -250,7 +250,7 @@ const ERRORS: Readonly<Record<AembitAuthErrorCode, ErrorRow>> = {
   invalid_config: [2],
   no_aws_credentials: [3],
   invalid_aws_credentials: [3],
-  metadata_unavailable: [3, "", true],
+  metadata_unavailable: [3, "try again, or check that endpoint", true],
   no_region: [3],
   edge_rejected: [4, "check the client ID's Trust Provider"],
   no_matching_policy: [4, "no Access Policy grants it"],
@@ -762,6 +762,8 @@ const SOURCE_TABLE: readonly (readonly [
 function findCredentials(call: Call): Promise<AwsCredentials> {
   if (call.credentials !== undefined) return loadFromCaller(call);
   const reasons: string[] = [];
+  // A source that was named by itself says all there is to say.
+  const hint = call.source === "auto" ? ["give the workload a role"] : [];
   for (const [name, load, ...variables] of SOURCE_TABLE) {
     if (call.source !== "auto" && call.source !== name) continue;
     if (variables.length === 0 || variables.some((variable) => call.env(variable))) {
@@ -772,13 +774,13 @@ function findCredentials(call: Call): Promise<AwsCredentials> {
       }, (error: unknown) => {
         // Off AWS, IMDS says what it was, and the others why they were not asked.
         if (!isCode(error, "no_aws_credentials")) throw error;
-        const list = [...reasons, `${name}: ${error.message}`].join("; ");
+        const list = [...reasons, `${name}: ${error.message}`, ...hint].join("; ");
         throw new AembitAuthError(error.code, list, error);
       });
     }
     reasons.push(`${name}: ${variables.join(", ")} not set`);
   }
-  throw new AembitAuthError("no_aws_credentials", reasons.join("; "));
+  throw new AembitAuthError("no_aws_credentials", [...reasons, ...hint].join("; "));
 }
 
 /** Read at call time: Lambda and tests change the environment of a running process. */
@@ -1113,7 +1115,7 @@ async function searchRegion(call: Call): Promise<string> {
       reasons.push(error.message);
     }
   }
-  throw new AembitAuthError("no_region", `no AWS region: ${reasons.join("; ")}`);
+  throw new AembitAuthError("no_region", `no AWS region: ${reasons.join("; ")}; set AWS_REGION`);
 }
 
 /** `arn:{partition}:ecs:{region}:{account}:task/…`: ECS on EC2 sets no AWS_REGION of its own. */
