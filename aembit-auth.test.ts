@@ -1,3 +1,19 @@
+/**
+ * Tests of aembit-auth.ts, from outside: through its exports and its command, against real HTTP
+ * servers on 127.0.0.1 (fixtures/cloud.ts), with no mocked module and nothing but loopback.
+ *
+ *   Signature Version 4, GetCallerIdentity        each artefact, against AWS's own vectors
+ *   Configuration                                 every option, variable, flag and URL
+ *   AWS credentials, region and metadata          every source, and what is refused of it
+ *   the exchange                                  requests, errors, HTTP rules, a matrix of faults
+ *                                                 over every endpoint, secrets, proxies
+ *   a client that is left running                 lifetime, aborts, clocks, credentials
+ *   The command line; being started, imported     commands, flags, formats, doctor, entry
+ *   The package, the shape of the file            what is shipped, and how it reads
+ *   on AWS's own addresses; in an empty root      inside namespaces, skipped where not permitted
+ *   corners                                       what no other test turns
+ */
+
 import assert from "node:assert/strict";
 import { execFileSync, spawn } from "node:child_process";
 import { createHash } from "node:crypto";
