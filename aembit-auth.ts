@@ -110,8 +110,8 @@ export interface AwsCredentials {
   /** Hidden from printing and JSON when this file returned it. */
   readonly secretAccessKey: string;
   /** Hidden likewise; absent for keys of an IAM user. */
-  readonly sessionToken?: string | undefined;
-  readonly expiration?: Date | undefined;
+  readonly sessionToken?: string;
+  readonly expiration?: Date;
 }
 
 /** A function that returns credentials, such as `fromNodeProviderChain()`. */
@@ -250,7 +250,7 @@ const ERRORS: Readonly<Record<AembitAuthErrorCode, ErrorRow>> = {
   invalid_config: [2],
   no_aws_credentials: [3],
   invalid_aws_credentials: [3],
-  metadata_unavailable: [3, "try again, or check that endpoint", true],
+  metadata_unavailable: [3, "check that endpoint", true],
   no_region: [3],
   edge_rejected: [4, "check the client ID's Trust Provider"],
   no_matching_policy: [4, "no Access Policy grants it"],
@@ -288,7 +288,7 @@ export class AembitAuthError extends Error {
   declare readonly attempts?: number;
 
   constructor(code: AembitAuthErrorCode, message: string, details: AembitAuthErrorDetails = {}) {
-    super(message, details.cause ? details : undefined);
+    super(message, details.cause === undefined ? undefined : details);
     this.code = code;
     this.retryable = details.retryable ?? ERRORS[code][2] ?? false;
     if (details.status !== undefined) this.status = details.status;
@@ -400,21 +400,25 @@ async function gatherEvidence(call: Call): Promise<Evidence> {
       memory.reading = new Shared((own) => readEvidence({ ...call, signal: own, once: {} }));
     }
     try {
-      memory.evidence = evidence = await memory.reading.join(signal);
+      evidence = await memory.reading.join(signal);
+      // Without the documents that belong to it, it serves this once and is read again.
+      const whole = evidence.ecs || call.ecsMetadata !== "auto" || !ecsMetadataBase(call);
+      memory.evidence = whole ? evidence : undefined;
     } catch (error) {
       signal.throwIfAborted();
       if (!evidence || lifeLeftMs <= 0) throw error;
-      call.logger.warn("cannot read AWS credentials again, using the old ones");
+      call.logger.warn("AWS credentials not renewed, using the old ones");
     }
   }
-  keepSecret(call, evidence.credentials.secretAccessKey, evidence.credentials.sessionToken);
+  keepSecrets(call, evidence.credentials);
   return evidence;
 }
 
 /** Reads at the same time what does not depend on each other, and fails in a fixed order. */
 async function readEvidence(call: Call): Promise<Evidence> {
   // What is malformed is reported before anything is asked of anyone.
-  ecsMetadataBase(call);
+  const onEcs = ecsMetadataBase(call) || call.ecsMetadata !== "require";
+  assertConfig(onEcs, `${ECS_METADATA_URI} must be set`);
   const credentials = findCredentials(call);
   const region = findRegion(call);
   const ecs = findEcsMetadata(call);
@@ -467,7 +471,10 @@ export class AembitAuth {
   #held: HeldToken | undefined;
   #running: Shared<AembitToken> | undefined;
   #renewal: Shared<AembitToken> | undefined;
-  #forced = false;
+  #forced: Shared<AembitToken> | undefined;
+  /** How many exchanges were begun, and which of them brought the token in hand. */
+  #begun = 0;
+  #heldFrom = 0;
   #failedMs = -Infinity;
 
   constructor(options?: AembitAuthOptions) {
@@ -507,21 +514,21 @@ export class AembitAuth {
     const { signal } = readCallOptions(options, this.#options);
     const wanted = parseCredentialsRequest(request);
     return runCall(this.#options, this.#memory, async (call) => {
-      const reply = await this.#askCredentials(call, wanted);
-      if (reply.status !== 401) return parseCredentials(reply);
-      return parseCredentials(await this.#askCredentials(call, wanted));
+      const first = await this.#askCredentials(call, wanted);
+      if (first.reply.status !== 401) return parseCredentials(first.reply);
+      // Another caller may have replaced the token already: only the refused one is dropped.
+      if (this.#held?.token === first.token) this.#held = undefined;
+      const { reply } = await this.#askCredentials(call, wanted);
+      return parseCredentials(reply);
     }, signal);
   }
 
-  /** Asks with the token in hand; a 401 takes the token away from this and all other callers. */
-  async #askCredentials(call: Call, wanted: CredentialsBody): Promise<Reply> {
-    const { accessToken } = await this.getToken({ signal: call.signal });
-    keepSecret(call, accessToken);
-    const reply = await postSigned(call, "credentials", wanted, accessToken);
-    // Another caller may have replaced the token already: only the refused one is dropped.
-    const refused = reply.status === 401 && this.#held?.token.accessToken === accessToken;
-    if (refused) this.#held = undefined;
-    return reply;
+  async #askCredentials(call: Call, wanted: object): Promise<{ reply: Reply; token: AembitToken }> {
+    const token = await this.getToken({ signal: call.signal });
+    keepSecret(call, token.accessToken);
+    // The exchange may have learnt in the meantime how wrong the clock is.
+    call.skewMs = this.#memory.skewMs;
+    return { reply: await postSigned(call, "credentials", wanted, token.accessToken), token };
   }
 
   #nowMs(): number {
@@ -548,15 +555,24 @@ export class AembitAuth {
 
   /** The exchange under way, or a new one. One that was not forced serves no forced call. */
   #exchange(forced: boolean): Shared<AembitToken> {
-    const running = this.#running;
-    if (running && !running.ended && (!forced || this.#forced)) return running;
-    this.#forced = forced;
-    return this.#running = new Shared(async (signal) => {
+    const candidates = forced ? [this.#forced] : [this.#forced, this.#running];
+    const running = candidates.find((shared) => shared && !shared.ended);
+    if (running) return running;
+    this.#begun += 1;
+    const number = this.#begun;
+    const started = new Shared(async (signal) => {
       const token = await runCall(this.#options, this.#memory, exchange, signal);
-      const endsMs = token.expiresAt.getTime();
-      this.#held = { token, endsMs, lifeMs: endsMs - this.#nowMs() };
+      // One that began earlier and took longer must not undo a forced one.
+      if (number > this.#heldFrom) {
+        const endsMs = token.expiresAt.getTime();
+        this.#held = { token, endsMs, lifeMs: endsMs - this.#nowMs() };
+        this.#heldFrom = number;
+      }
       return token;
     });
+    if (forced) this.#forced = started;
+    else this.#running = started;
+    return started;
   }
 }
 
@@ -610,8 +626,7 @@ const OPTIONS: Readonly<Record<string, OptionRow>> = {
   fetch: [isFunction, "a function"],
   env: [isRecord, "an object"],
   now: [isFunction, "a function"],
-  logger: [(v) => isRecord(v) && isFunction(v["debug"]) && isFunction(v["warn"]),
-    "an object with debug and warn"],
+  logger: [(v) => isRecord(v) && isFunction(v["debug"]) && isFunction(v["warn"]), "a logger"],
 };
 
 /** Options and environment after checking: what the rest of the file works with. */
@@ -630,6 +645,7 @@ interface Config {
   readonly maxAttempts: number;
   readonly signal?: AbortSignal;
   readonly fetch: typeof globalThis.fetch;
+  readonly ownFetch: boolean;
   readonly now: () => number;
   /** A variable, trimmed unless it is wanted raw; empty is unset, as in every AWS SDK. */
   readonly env: (name: string, raw?: "raw") => string | undefined;
@@ -665,6 +681,7 @@ function readOptions(options: AembitAuthOptions = {}): Config {
     now: Date.now,
     logger: { debug() {}, warn() {} },
     ...set,
+    ownFetch: "fetch" in set,
     credentials,
     env,
   };
@@ -768,9 +785,8 @@ function findCredentials(call: Call): Promise<AwsCredentials> {
     if (call.source !== "auto" && call.source !== name) continue;
     if (variables.length === 0 || variables.some((variable) => call.env(variable))) {
       return load(call).then((credentials) => {
-        keepSecret(call, credentials.secretAccessKey, credentials.sessionToken);
         call.logger.debug(`AWS credentials from ${name}`);
-        return credentials;
+        return keepSecrets(call, credentials);
       }, (error: unknown) => {
         // Off AWS, IMDS says what it was, and the others why they were not asked.
         if (!isCode(error, "no_aws_credentials")) throw error;
@@ -790,7 +806,8 @@ function loadFromEnvironment(call: Call): Promise<AwsCredentials> {
   const pair = accessKeyId && secretAccessKey;
   assertConfig(pair, `${KEY_ID} and ${SECRET_KEY} must be set together`);
   const fields = { accessKeyId, secretAccessKey, sessionToken: call.env("AWS_SESSION_TOKEN") };
-  return Promise.resolve(checkCredentials(fields, clock(call), KEY_ID, "invalid_config"));
+  const complain = complaint("invalid_config", KEY_ID);
+  return Promise.resolve(checkCredentials(fields, clock(call), complain));
 }
 
 /** A malformed value is the caller's mistake; what a function returns is its source's. */
@@ -798,44 +815,52 @@ function loadFromCaller(call: Call): Promise<AwsCredentials> {
   const { credentials } = call;
   const from = "credentials";
   if (!isFunction(credentials)) {
-    return Promise.resolve(checkCredentials(credentials, clock(call), from, "invalid_config"));
+    const complain = complaint("invalid_config", from);
+    const checked = checkCredentials(credentials, clock(call), complain);
+    return Promise.resolve(keepSecrets(call, checked));
   }
   const given = Promise.resolve().then(() => credentials());
   return during(call, `waiting for ${from}()`, given).then(
-    (answer) => checkCredentials(answer, clock(call), from),
+    (answer) => {
+      const complain = complaint("invalid_aws_credentials", from);
+      return keepSecrets(call, checkCredentials(answer, clock(call), complain));
+    },
     (cause: unknown) => {
       throw new AembitAuthError("metadata_unavailable", `${from}() failed`, { cause });
     },
   );
 }
 
+type Complaint = (problem: string, expired?: boolean) => AembitAuthError;
+
+/** Whose mistake it is when they are malformed depends; expired is always the same. */
+function complaint(code: AembitAuthErrorCode, from: string): Complaint {
+  return (problem, expired) =>
+    new AembitAuthError(expired ? "invalid_aws_credentials" : code, `${from}: ${problem}`);
+}
+
 /**
  * Foreign credentials become ours only whole: no empty string, no character that a header would
  * refuse (and quote in its error), no date that is `NaN` and therefore never expires.
  */
-function checkCredentials(
-  value: unknown,
-  nowMs: number,
-  from: string,
-  code: AembitAuthErrorCode = "invalid_aws_credentials",
-): AwsCredentials {
+function checkCredentials(value: unknown, nowMs: number, complain: Complaint): AwsCredentials {
   const fields = isRecord(value) ? value : {};
   const text = (name: string): string => {
     const field = fields[name];
     if (isText(field)) return field;
-    throw new AembitAuthError(code, `${from}: ${name} must be visible ASCII`);
+    throw complain(`${name} must be visible ASCII`);
   };
   const accessKeyId = text("accessKeyId");
   const secretAccessKey = text("secretAccessKey");
-  const sessionToken = fields["sessionToken"] == null ? undefined : text("sessionToken");
+  const sessionToken = fields["sessionToken"] ? text("sessionToken") : undefined;
   const hidden = { secretAccessKey, ...(sessionToken && { sessionToken }) };
   const expiration = fields["expiration"] ?? undefined;
   if (expiration === undefined) return conceal({ accessKeyId }, hidden);
-  if (!isDate(expiration)) throw new AembitAuthError(code, `${from}: expiration must be a date`);
+  if (!isDate(expiration)) throw complain("expiration must be a date");
   if (expiration.getTime() > nowMs) {
     return conceal({ accessKeyId, expiration: new Date(expiration) }, hidden);
   }
-  throw new AembitAuthError("invalid_aws_credentials", `${from}: expired`);
+  throw complain("expired, renew them", true);
 }
 
 /** The fields of AWS under our names. */
@@ -846,8 +871,10 @@ function toCredentials(reply: Reply, read: (name: string) => unknown): AwsCreden
     sessionToken: read("SessionToken"),
     expiration: parseDate(read("Expiration")),
   };
+  keepSecret(reply.call, fields.secretAccessKey, fields.sessionToken);
   // The service's own clock decides: by a wrong one here, good credentials would look expired.
-  return checkCredentials(fields, serverClock(reply), outcome(reply));
+  return checkCredentials(fields, serverClock(reply), (problem) =>
+    failure(reply, "invalid_aws_credentials", problem));
 }
 
 /**
@@ -857,7 +884,10 @@ function toCredentials(reply: Reply, read: (name: string) => unknown): AwsCreden
 // https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
 function parseCredentialDocument(reply: Reply): AwsCredentials {
   const document = parseJson(expectOk(reply).text);
-  if (!isRecord(document) || (document["Code"] ?? "Success") !== "Success") {
+  const { Code = "Success", SecretAccessKey, Token } = isRecord(document) ? document : {};
+  // The service's message may quote them.
+  keepSecret(reply.call, SecretAccessKey, Token);
+  if (!isRecord(document) || Code !== "Success") {
     throw failure(reply, "invalid_aws_credentials", "expected JSON with credentials");
   }
   // What others call the session token is here just the token.
@@ -929,7 +959,7 @@ const STS_ATTEMPT_MS = 5_000;
 function loadFromWebIdentity(call: Call): Promise<AwsCredentials> {
   const role = call.env("AWS_ROLE_ARN") ?? "";
   const right = /^arn:[\w-]+:iam::\d+:role\/[\w+=,.@/-]+$/.test(role);
-  assertConfig(right, `AWS_ROLE_ARN must be a role's ARN, as ${IDENTITY_FILE} is set`);
+  assertConfig(right, `AWS_ROLE_ARN must be the ARN for ${IDENTITY_FILE}`);
   const session = call.env("AWS_ROLE_SESSION_NAME") ?? "aembit-auth";
   const named = /^[\w+=,.@-]{2,64}$/.test(session);
   assertConfig(named, "AWS_ROLE_SESSION_NAME must be 2 to 64 of A-Za-z0-9_+=,.@-");
@@ -977,6 +1007,7 @@ function imdsDisabled({ env }: Call): boolean {
 
 /** The role of the instance: its name, then its credentials. The name is kept for later calls. */
 async function loadFromImds(call: Call): Promise<AwsCredentials> {
+  if (imdsDisabled(call)) throw new AembitAuthError("no_aws_credentials", `${NO_IMDS} is true`);
   const { memory } = call;
   const kept = memory.role;
   const role = kept ?? await fetchImdsRole(call);
@@ -988,7 +1019,6 @@ async function loadFromImds(call: Call): Promise<AwsCredentials> {
 
 /** The list has one role. It becomes part of a path, so it must look like a role's name. */
 async function fetchImdsRole(call: Call): Promise<string> {
-  if (imdsDisabled(call)) throw new AembitAuthError("no_aws_credentials", `${NO_IMDS} is true`);
   const reply = await imdsGet(call, "role", IMDS_ROLES);
   if (reply.status === 404 || expectOk(reply).bytes?.length === 0) {
     throw failure(reply, noCredentials(call), "the instance has no role");
@@ -1050,7 +1080,7 @@ async function fetchImdsToken(call: Call): Promise<string> {
   });
   const { status, headers } = reply;
   if (status === 0 || isRejection(status)) {
-    const hint = "not on EC2, or IMDS is off, or in a container and its hop limit is not 2";
+    const hint = "not on EC2, IMDS is off, or a container's hop limit is not 2";
     throw failure(reply, noCredentials(call), hint);
   }
   const value = expectOk(reply).text.trim();
@@ -1294,8 +1324,8 @@ export function signRequest(request: SignableRequest, context: SigningContext): 
 function assertSignable(request: SignableRequest, context: SigningContext): void {
   const { method, path, body = "" } = request;
   const { region, service, credentials, date } = context;
-  const { accessKeyId, secretAccessKey, sessionToken = "none" } = credentials ?? {};
-  const texts = [method, region, service, accessKeyId, secretAccessKey, sessionToken];
+  const { accessKeyId, secretAccessKey, sessionToken } = credentials ?? {};
+  const texts = [method, region, service, accessKeyId, secretAccessKey, sessionToken || "none"];
   const right = texts.every(isText) && isString(path);
   assertConfig(right, "request and credentials must be visible ASCII");
   assertConfig(isString(body) || body instanceof Uint8Array, "body must be text");
@@ -1321,7 +1351,7 @@ function canonicalHeaders(
   added: readonly (readonly [string, string])[],
 ): Map<string, string> {
   const headers = new Map<string, string>();
-  assertConfig(isFunction(given?.[Symbol.iterator]), "headers must be pairs");
+  assertConfig(isFunction(given?.[Symbol.iterator]), "headers must be visible ASCII");
   for (const pair of given) {
     const [name, value] = Array.isArray(pair) ? pair : [];
     const key = String(name).toLowerCase();
@@ -1400,13 +1430,15 @@ function encode(text: string): string {
     `%${character.charCodeAt(0).toString(16).toUpperCase()}`);
 }
 
-/** A `%` that starts no escape stands for itself. */
+/** A `%` that starts no escape stands for itself, and so does an escape that is not UTF-8. */
 function decode(text: string): string {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text;
-  }
+  return text.replace(/(%[\da-f]{2})+/gi, (escapes) => {
+    try {
+      return decodeURIComponent(escapes);
+    } catch {
+      return escapes;
+    }
+  });
 }
 
 /** Lower-case hexadecimal, as every artefact wants it. */
@@ -1508,8 +1540,7 @@ function parseCredentialsRequest(request: AembitCredentialsRequest): Credentials
   assertConfig(named, "host (--server-workload-host) must be a host");
   const numbered = isWithin(port, 65_535) && Number.isInteger(port);
   assertConfig(numbered, "port (--server-workload-port) must be 1 to 65535");
-  const typed = isShortText(credentialType) && /^\w+$/.test(credentialType);
-  assertConfig(typed, `${nameOf("credentialType")} must be a word`);
+  assertConfig(isShortText(credentialType), `${nameOf("credentialType")} must be a word`);
   const metadata: unknown = connectionMetadata ?? {};
   const texts = isRecord(metadata) && Object.values(metadata).every(isString);
   assertConfig(texts, "connectionMetadata must be text");
@@ -1526,7 +1557,7 @@ function parseCredentials(reply: Reply): AembitCredentials {
   }
   const ends = parseDate(expiresAt) ?? null;
   if (!isText(credentialType) || !(ends === null || isDate(ends)) || !isRecord(data)) {
-    throw failure(reply, "invalid_edge_response", "credentialType, expiresAt or data is wrong");
+    throw failure(reply, "invalid_edge_response", "expiresAt or data is wrong");
   }
   return Object.freeze({ credentialType, expiresAt: ends, data: conceal({}, data) });
 }
@@ -1579,7 +1610,7 @@ interface Reply {
 /** Metadata is a second away at most, and never behind a proxy. */
 function sendMetadata(call: Call, request: Omit<Outgoing, "timeoutMs">): Promise<Reply> {
   // With a transport of the caller's own, proxies are the caller's business.
-  if (call.fetch === fetch) assertDirect(new URL(request.url));
+  if (!call.ownFetch) assertDirect(new URL(request.url));
   return send(call, { ...request, timeoutMs: METADATA_ATTEMPT_MS });
 }
 
@@ -1609,7 +1640,9 @@ async function send(call: Call, request: Outgoing, attempts = 1): Promise<Reply>
 function pauseAfter(reply: Reply): number {
   const after = reply.headers.get("retry-after") ?? "";
   const isSeconds = /^\d+$/.test(after);
-  const askedMs = isSeconds ? Number(after) * 1000 : Date.parse(after) - serverClock(reply);
+  // What is no date of HTTP is ignored: Date.parse would take "1.5" for a day in January.
+  const date = /^\w{3,9},? .*:/.test(after) ? Date.parse(after) : NaN;
+  const askedMs = isSeconds ? Number(after) * 1000 : date - serverClock(reply);
   if (!Number.isNaN(askedMs)) return Math.max(0, askedMs);
   return Math.random() * Math.min(BACKOFF_CAP_MS, BACKOFF_BASE_MS * 2 ** (reply.attempts - 1));
 }
@@ -1726,7 +1759,7 @@ function failure(reply: Reply, code: AembitAuthErrorCode, hint = ERRORS[code][1]
 interface Memory {
   token?: { value: string; endsMs: number } | undefined;
   role?: string | undefined;
-  evidence?: Evidence;
+  evidence?: Evidence | undefined;
   reading?: Shared<Evidence>;
   /** Aembit's clock less ours, as far as it was needed. */
   skewMs: number;
@@ -1858,6 +1891,11 @@ function clock(call: Call): number {
 const MAX_SHOWN = 200;
 
 /** From here on the text is cut out of whatever is shown of a server's words. */
+function keepSecrets(call: Call, credentials: AwsCredentials): AwsCredentials {
+  keepSecret(call, credentials.secretAccessKey, credentials.sessionToken);
+  return credentials;
+}
+
 function keepSecret(call: Call, ...secrets: readonly unknown[]): void {
   for (const secret of secrets) {
     if (isString(secret) && secret) call.secrets.add(secret);
@@ -1872,8 +1910,10 @@ function shown(call: Call, text: string): string {
   let line = text.replace(/[\p{C}\p{Z}]+/gu, " ");
   for (const secret of call.secrets) {
     // However a server escapes it: its words in their order, and whatever stands between them.
-    const words = secret.split(/\W+/).join(".{1,40}?");
-    line = line.replace(new RegExp(`${words}\\S*`, "g"), "[cut]");
+    // Each gap is settled once and for all: with going back, hostile text could take for ever.
+    const [first = "", ...rest] = secret.split(/\W+/);
+    const gaps = rest.map((word, index) => `(?=(.{1,40}?${word}))\\${index + 1}`);
+    line = line.replace(new RegExp(`${first}${gaps.join("")}\\S*`, "g"), "[cut]");
   }
   const clean = [...line.replace(/[\w+/=.~%-]{40,}/g, "[cut]").trim()];
   return clean.length > MAX_SHOWN ? `${clean.slice(0, MAX_SHOWN - 1).join("")}…` : clean.join("");
@@ -1882,17 +1922,14 @@ function shown(call: Call, text: string): string {
 /** What a service says of its refusal: Aembit and AWS in JSON or XML, the agents in plain text. */
 function serviceMessage({ call, text, status }: Reply): string {
   const json = parseJson(text);
-  if (isRecord(json)) {
-    // An answer may quote the very secrets that it brings.
-    const { SecretAccessKey, Token, accessToken, data } = json;
-    keepSecret(call, SecretAccessKey, Token, accessToken, ...Object.values(Object(data)));
-  }
+  // The message of an answer that brings secrets may quote them.
+  if (isRecord(json) && ("data" in json || "accessToken" in json)) return "";
   // Markup and broken JSON tell a person nothing, and the body of a success may be a secret.
   const plain = status >= 400 && !/^\s*[<{[]/.test(text) ? text : "";
   const words = isRecord(json)
     ? [json["Code"] ?? json["code"], json["message"] ?? json["Message"]]
     : [xmlText(text, "Code"), xmlText(text, "Message"), plain];
-  const said = words.filter((word) => isString(word) && word.trim() !== "");
+  const said = words.filter((word) => isString(word) && !/^\s*(Success)?$/.test(word));
   return said.length > 0 ? `"${shown(call, said.join(": "))}"` : "";
 }
 
@@ -1904,7 +1941,7 @@ function cleanError(call: Call, error: unknown): Error {
   const outer = isRecord(error) ? error : {};
   const inner = isRecord(outer["cause"]) ? outer["cause"] : outer;
   const code = inner["code"] ?? outer["code"];
-  const words = String(outer["message"] ?? "no reason given").replace(/\S+:\/\/\S+/g, "");
+  const words = String(inner["message"] ?? "no reason given").replace(/\S+:\/\/\S+/g, "");
   const text = shown(call, isText(code) ? code : words);
   return Object.assign(new Error(text), isText(code) && { code: text });
 }
@@ -2140,8 +2177,8 @@ async function printRequest(options: AembitAuthOptions, print: Print): Promise<v
 
 /** Without a client ID: these headers are for STS, whoever replays them. */
 async function printHeaders(options: AembitAuthOptions, print: Print): Promise<void> {
-  const signed = await runCall({ ...options, ecsMetadata: "omit" }, newMemory(), async (call) =>
-    attest(call, await gatherEvidence(call)));
+  const signed = await runCall(options, newMemory(), async (call) =>
+    attest(call, await gatherEvidence({ ...call, ecsMetadata: "omit" })));
   print(JSON.stringify(signed.aws.stsGetCallerIdentity));
 }
 
@@ -2185,12 +2222,13 @@ function render(credential: AembitCredentials, format: string): string {
   if (!shell) {
     // https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html
     const { awsAccessKeyId, awsSecretAccessKey, awsSessionToken } = data;
-    if (!isText(awsAccessKeyId) || !isText(awsSecretAccessKey)) throw misfit;
+    const texts = [awsAccessKeyId, awsSecretAccessKey, awsSessionToken ?? "none"];
+    if (!texts.every(isText)) throw misfit;
     return JSON.stringify({
       Version: 1,
       AccessKeyId: awsAccessKeyId,
       SecretAccessKey: awsSecretAccessKey,
-      SessionToken: awsSessionToken,
+      SessionToken: awsSessionToken ?? undefined,
       Expiration: expiresAt ?? undefined,
     });
   }
@@ -2215,7 +2253,7 @@ async function examine(options: AembitAuthOptions, print: Print): Promise<void> 
   const check = async (
     name: string,
     work: false | ((call: Call) => Promise<string | undefined>),
-    optional = false,
+    optional?: AembitAuthErrorCode,
   ): Promise<boolean> => {
     const startedMs = performance.now();
     let [mark, text] = ["-", "not asked"];
@@ -2224,7 +2262,7 @@ async function examine(options: AembitAuthOptions, print: Print): Promise<void> 
       if (found) [mark, text] = ["ok", found];
     } catch (error) {
       if (!(error instanceof AembitAuthError)) throw error;
-      const absent = optional && error.code === "no_aws_credentials";
+      const absent = error.code === optional;
       [mark, text] = absent ? ["-", error.message] : ["FAIL", `${error.code}: ${error.message}`];
       if (!absent) failed ??= error;
     }
@@ -2237,13 +2275,17 @@ async function examine(options: AembitAuthOptions, print: Print): Promise<void> 
   let settled = false;
   for (const [name] of SOURCE_TABLE) {
     // The last one has to answer: there is nowhere else to look.
-    const found = check(name, !settled && (async (call) => examineSource(call, name)),
-      name !== "imds");
+    const optional = name === "imds" || name === options.source ? undefined : "no_aws_credentials";
+    const found = check(name, !settled && (async (call) => examineSource(call, name)), optional);
     settled = await found || settled;
   }
   await check("region", !failed && findRegion);
-  await check("ECS metadata", !failed && (async (call) =>
-    (await findEcsMetadata(call)) ? "read" : "none to send"));
+  await check("ECS metadata", !failed && (async (call) => {
+    const wanted = call.ecsMetadata === "require" || ecsMetadataBase(call);
+    if (!wanted || call.ecsMetadata === "omit") return "none to send";
+    await fetchEcsMetadata(call);
+    return "read";
+  }), options.ecsMetadata === "require" ? undefined : "metadata_unavailable");
   await check("exchange", !failed && (async (call) =>
     `a token for ${(await exchange(call)).expiresIn} s`));
   const { seenSkewMs } = memory;
@@ -2269,9 +2311,8 @@ async function isEntry(): Promise<boolean> {
 /** Node before 24 does not say. The link in node_modules/.bin has another path than the file. */
 async function isSameFile(path: string, url: string): Promise<boolean> {
   const { realpath } = await import("node:fs/promises");
-  const [started, file] = await Promise.all([path, new URL(url)].map((name) =>
-    realpath(name).catch(() => name)));
-  return started === file;
+  const real = (name: string | URL): Promise<unknown> => realpath(name).catch(() => name);
+  return await real(path) === await real(new URL(url));
 }
 
 void isEntry().then(async (entry) => {
