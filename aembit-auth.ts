@@ -888,7 +888,7 @@ function parseCredentialDocument(reply: Reply): AwsCredentials {
   // The service's message may quote them.
   keepSecret(reply.call, SecretAccessKey, Token);
   if (!isRecord(document) || Code !== "Success") {
-    throw failure(reply, "invalid_aws_credentials", "expected JSON with credentials");
+    throw failure(reply, "invalid_aws_credentials", "expected credentials");
   }
   // What others call the session token is here just the token.
   return toCredentials(reply, (name) => document[name.replace("Session", "")]);
@@ -1161,7 +1161,7 @@ async function regionOfTask(call: Call): Promise<string | undefined> {
 async function regionOfInstance(call: Call): Promise<string | undefined> {
   if (imdsDisabled(call)) return undefined;
   const reply = await imdsGet(call, "region", "/latest/meta-data/placement/region");
-  return expectOk(reply).bytes && parseRegion(reply.text, "the region of IMDS");
+  return expectOk(reply).bytes && parseRegion(reply.text, "IMDS region");
 }
 
 // https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-metadata-endpoint-v4.html
@@ -1488,7 +1488,7 @@ async function postSigned(
   if (first.headers.has("date")) call.memory.seenSkewMs = skewMs;
   if (!isRejection(first.status) || Math.abs(skewMs) <= MAX_SKEW_MS) return first;
   call.skewMs += skewMs;
-  const skew = `the clock is ${offBy(skewMs)}, signed again with Aembit's time`;
+  const skew = `the clock is ${offBy(skewMs)}, signed again`;
   call.logger.warn(skew);
   const second = await send(call, request);
   const { status } = second;
