@@ -250,12 +250,12 @@ const ERRORS: Readonly<Record<AembitAuthErrorCode, ErrorRow>> = {
   invalid_config: [2],
   no_aws_credentials: [3],
   invalid_aws_credentials: [3],
-  metadata_unavailable: [3, "check that endpoint", true],
+  metadata_unavailable: [3, "check the endpoint", true],
   no_region: [3],
-  edge_rejected: [4, "check the client ID's Trust Provider"],
-  no_matching_policy: [4, "no Access Policy grants it"],
-  edge_unavailable: [5, "check the Edge URL, or wait", true],
-  invalid_edge_response: [5, "expected JSON; check the Edge URL"],
+  edge_rejected: [4, "check the Trust Provider"],
+  no_matching_policy: [4, "check the Access Policy"],
+  edge_unavailable: [5, "check the Edge URL", true],
+  invalid_edge_response: [5, "check the Edge URL"],
   timeout: [5, "", true],
 };
 
@@ -288,11 +288,11 @@ export class AembitAuthError extends Error {
   declare readonly attempts?: number;
 
   constructor(code: AembitAuthErrorCode, message: string, details: AembitAuthErrorDetails = {}) {
-    super(message, details.cause === undefined ? undefined : details);
+    super(message, details.cause ? details : {});
     this.code = code;
     this.retryable = details.retryable ?? ERRORS[code][2] ?? false;
-    if (details.status !== undefined) this.status = details.status;
-    if (details.attempts !== undefined) this.attempts = details.attempts;
+    if (details.status) this.status = details.status;
+    if (details.attempts) this.attempts = details.attempts;
   }
 }
 
@@ -363,19 +363,17 @@ async function exchange(call: Call): Promise<AembitToken> {
 interface Evidence {
   readonly credentials: AwsCredentials;
   readonly region: string;
-  readonly ecs: EcsMetadata | undefined;
-  readonly instance: InstanceIdentity | undefined;
+  readonly documents: { readonly ecs?: EcsMetadata } & Partial<InstanceIdentity>;
 }
 
 /** Signs with the time of this very moment: a signature that waited is a signature that fails. */
-function attest(call: Call, { credentials, region, ecs, instance }: Evidence): ClientAttestation {
+function attest(call: Call, { credentials, region, documents }: Evidence): ClientAttestation {
   const { lambdaArn, clientWorkloadId } = call;
   return {
     aws: {
       stsGetCallerIdentity: signGetCallerIdentity(credentials, region, new Date(clock(call))),
-      ...(ecs && { ecs }),
+      ...documents,
       ...(lambdaArn && { lambda: { arn: lambdaArn } }),
-      ...instance,
     },
     ...(clientWorkloadId && { os: { environment: { CLIENT_WORKLOAD_ID: clientWorkloadId } } }),
   };
@@ -396,21 +394,22 @@ async function gatherEvidence(call: Call): Promise<Evidence> {
   let evidence = memory.evidence;
   const lifeLeftMs = (evidence?.credentials.expiration?.getTime() ?? 0) - clock(call);
   if (!evidence || lifeLeftMs <= REREAD_BEFORE_EXPIRY_MS) {
-    if (!memory.reading || memory.reading.ended) {
+    if (memory.reading?.ended !== false) {
       memory.reading = new Shared((own) => readEvidence({ ...call, signal: own, once: {} }));
     }
     try {
       evidence = await memory.reading.join(signal);
       // Without the documents that belong to it, it serves this once and is read again.
-      const whole = evidence.ecs || call.ecsMetadata !== "auto" || !ecsMetadataBase(call);
+      const whole = evidence.documents.ecs || call.ecsMetadata !== "auto" || !ecsMetadataBase(call);
       memory.evidence = whole ? evidence : undefined;
     } catch (error) {
       signal.throwIfAborted();
       if (!evidence || lifeLeftMs <= 0) throw error;
-      call.logger.warn("AWS credentials not renewed, using the old ones");
+      call.logger.warn("going on with the old AWS credentials");
     }
   }
-  keepSecrets(call, evidence.credentials);
+  const { secretAccessKey, sessionToken } = evidence.credentials;
+  keepSecret(call, secretAccessKey, sessionToken);
   return evidence;
 }
 
@@ -428,8 +427,7 @@ async function readEvidence(call: Call): Promise<Evidence> {
   return {
     credentials: await credentials,
     region: await region,
-    ecs: await ecs,
-    instance: await instance,
+    documents: { ...(await ecs), ...(await instance) },
   };
 }
 
@@ -452,13 +450,6 @@ const SPREAD_SHARE = 0.1;
 /** A failed renewal behind a live token is not repeated sooner: Aembit has a bad moment already. */
 const RENEWAL_PAUSE_MS = 30_000;
 
-/** The token in hand, with its times as numbers: a `Date` given out can be changed by anyone. */
-interface HeldToken {
-  readonly token: AembitToken;
-  readonly endsMs: number;
-  readonly lifeMs: number;
-}
-
 /**
  * A client for the life of a process. Make one and share it.
  *
@@ -468,13 +459,12 @@ export class AembitAuth {
   #options: AembitAuthOptions | undefined;
   #memory: Memory = newMemory();
   #renewShare: number = RENEW_SHARE + Math.random() * SPREAD_SHARE;
-  #held: HeldToken | undefined;
+  #token: AembitToken | undefined;
+  /** The end of the token, which nobody can change as they can the `Date` they were given. */
+  #endsMs = 0;
+  /** The last exchange that was begun, and the last that was forced. */
   #running: Shared<AembitToken> | undefined;
-  #renewal: Shared<AembitToken> | undefined;
   #forced: Shared<AembitToken> | undefined;
-  /** How many exchanges were begun, and which of them brought the token in hand. */
-  #begun = 0;
-  #heldFrom = 0;
   #failedMs = -Infinity;
 
   constructor(options?: AembitAuthOptions) {
@@ -489,11 +479,13 @@ export class AembitAuth {
    * @throws {AembitAuthError} when there is no usable token and the exchange failed
    */
   async getToken(options?: TokenOptions): Promise<AembitToken> {
-    const { signal, forceRefresh = false } = readCallOptions(options, this.#options);
-    if (!forceRefresh && this.#held) {
-      const { token, lifeMs } = this.#held;
-      const leftMs = this.#leftMs(this.#held);
-      if (leftMs > Math.min(USABLE_MS, lifeMs * USABLE_SHARE)) {
+    const { signal, forceRefresh } = readCallOptions(options, this.#options);
+    const token = this.#token;
+    if (token && !forceRefresh) {
+      const lifeMs = token.expiresIn * 1000;
+      const leftMs = this.#endsMs - this.#nowMs();
+      // With more than a life left the clock was set back, and the end cannot be told any more.
+      if (leftMs > Math.min(USABLE_MS, lifeMs * USABLE_SHARE) && leftMs <= lifeMs + USABLE_MS) {
         if (leftMs <= lifeMs * this.#renewShare) this.#renewBehind();
         return token;
       }
@@ -512,66 +504,52 @@ export class AembitAuth {
     options?: CallOptions,
   ): Promise<AembitCredentials> {
     const { signal } = readCallOptions(options, this.#options);
-    const wanted = parseCredentialsRequest(request);
-    return runCall(this.#options, this.#memory, async (call) => {
-      const first = await this.#askCredentials(call, wanted);
-      if (first.reply.status !== 401) return parseCredentials(first.reply);
-      // Another caller may have replaced the token already: only the refused one is dropped.
-      if (this.#held?.token === first.token) this.#held = undefined;
-      const { reply } = await this.#askCredentials(call, wanted);
-      return parseCredentials(reply);
-    }, signal);
+    const wanted = toCredentialsBody(request);
+    return runCall(this.#options, this.#memory, async (call) =>
+      parseCredentials(await this.#ask(call, wanted)), signal);
   }
 
-  async #askCredentials(call: Call, wanted: object): Promise<{ reply: Reply; token: AembitToken }> {
+  async #ask(call: Call, wanted: object, last = false): Promise<Reply> {
     const token = await this.getToken({ signal: call.signal });
     keepSecret(call, token.accessToken);
     // The exchange may have learnt in the meantime how wrong the clock is.
     call.skewMs = this.#memory.skewMs;
-    return { reply: await postSigned(call, "credentials", wanted, token.accessToken), token };
+    const reply = await postSigned(call, "credentials", wanted, token.accessToken);
+    if (reply.status !== 401 || last) return reply;
+    // Another caller may have replaced the token already: only the refused one is dropped.
+    if (this.#token === token) this.#token = undefined;
+    return this.#ask(call, wanted, true);
   }
 
   #nowMs(): number {
     return (this.#options?.now ?? Date.now)();
   }
 
-  /** Life left; none when the clock was set back so far that the token seems not yet issued. */
-  #leftMs({ endsMs, lifeMs }: HeldToken): number {
-    const leftMs = endsMs - this.#nowMs();
-    return leftMs > lifeMs + USABLE_MS ? 0 : leftMs;
-  }
-
   /** A failure stays silent while the held token serves; later calls try again. */
   #renewBehind(): void {
+    if (this.#running?.ended === false) return;
     if (Math.abs(this.#nowMs() - this.#failedMs) < RENEWAL_PAUSE_MS) return;
-    const renewal = this.#exchange(false);
-    if (renewal === this.#renewal) return;
-    this.#renewal = renewal;
     // Waits for it itself, so that it goes on when every other caller has gone.
-    renewal.join(undefined).catch(() => {
+    this.#exchange().join().catch(() => {
       this.#failedMs = this.#nowMs();
     });
   }
 
   /** The exchange under way, or a new one. One that was not forced serves no forced call. */
-  #exchange(forced: boolean): Shared<AembitToken> {
-    const candidates = forced ? [this.#forced] : [this.#forced, this.#running];
-    const running = candidates.find((shared) => shared && !shared.ended);
-    if (running) return running;
-    this.#begun += 1;
-    const number = this.#begun;
-    const started = new Shared(async (signal) => {
+  #exchange(forced?: boolean): Shared<AembitToken> {
+    const running = forced ? this.#forced : this.#running;
+    if (running?.ended === false) return running;
+    const started: Shared<AembitToken> = new Shared(async (signal) => {
       const token = await runCall(this.#options, this.#memory, exchange, signal);
       // One that began earlier and took longer must not undo a forced one.
-      if (number > this.#heldFrom) {
-        const endsMs = token.expiresAt.getTime();
-        this.#held = { token, endsMs, lifeMs: endsMs - this.#nowMs() };
-        this.#heldFrom = number;
+      if (this.#running === started) {
+        this.#token = token;
+        this.#endsMs = this.#nowMs() + token.expiresIn * 1000;
       }
       return token;
     });
+    this.#running = started;
     if (forced) this.#forced = started;
-    else this.#running = started;
     return started;
   }
 }
@@ -587,42 +565,55 @@ const DEFAULT_TIMEOUT_MS = 30_000;
 const DEFAULT_MAX_ATTEMPTS = 3;
 /** Longer timers fire at once: https://nodejs.org/api/timers.html#settimeoutcallback-delay-args */
 const MAX_TIMEOUT_MS = 2 ** 31 - 1;
-/** Far above any ID, ARN or URL in use, far below what a header may be. */
-const MAX_TEXT = 2048;
-/** Characters that may stand in a header without a second look. */
-const VISIBLE_ASCII = /^[\x21-\x7e]+$/;
-/** What IDs are made of. */
-const TEXT = `visible ASCII, at most ${MAX_TEXT}`;
+/** Safe in a header, a URL and a log line. */
+const isText = matches(/^[\x21-\x7e]+$/);
+/** What IDs are made of, for messages. */
+const TEXT = "visible ASCII";
 // https://docs.aembit.io/api-guide/edge/auth/aws-iam-role
 const CLIENT_ID_FORM = "aembit:{stack}:{tenant}:identity:{type}:{uuid}";
 /** Stack and tenant become parts of a host name: nothing but host labels may stand there. */
-const CLIENT_ID =
-  /^aembit(:(?!-)[a-z\d-]{1,63}(?<!-)){2}:identity:[\w-]+:[\da-f]{8}(-[\da-f]{4}){3}-[\da-f]{12}$/i;
+const isClientId =
+  matches(/^aembit(:(?!-)[a-z\d-]{1,63}(?<!-)){2}:identity:[\w-]+:[\da-f-]{36}$/i);
 // https://docs.aws.amazon.com/lambda/latest/api/API_GetFunction.html
-const LAMBDA_ARN = /^arn:[\w-]+:lambda:[a-z\d-]+:\d{12}:function:[\w-]+(:[\w$-]+)?$/;
+const isLambdaArn = matches(/^arn:[\w-]+:lambda:[\w:$-]+$/);
 /** A form and not a list: a new region must work without a new release of this file. */
-const A_REGION = "a region such as us-east-1";
-const REGION = /^[a-z]{2,}(-[a-z\d]+)+-\d+$/;
+const A_REGION = "like us-east-1";
+const isRegion = matches(/^[a-z]{2,}(-[a-z\d]+)+-\d+$/);
 const SOURCES = "auto|env|web-identity|ecs|imds";
 const ECS_MODES = "auto|require|omit";
+/** How the command prints a credential: the shells quote, the last is for the AWS SDKs. */
+const FORMATS = "json|sh-export|sh-env|powershell-env|aws-credential-process";
 
 /** What an option must be, how that is told, and the variables that stand in for it. */
 type OptionRow = readonly [check: (value: unknown) => boolean, rule: string, ...string[]];
 
-/** Every option but `credentials`, which is a source. The first eight are flags as they stand. */
+/**
+ * Every option but `credentials`, which is a source, and what single calls are asked for. The
+ * first eleven are flags as they stand.
+ */
 const OPTIONS: Readonly<Record<string, OptionRow>> = {
   clientId: [isClientId, CLIENT_ID_FORM, "AEMBIT_CLIENT_ID"],
   edgeUrl: [isEdgeUrl, "https://{host}", "AEMBIT_EDGE_BASE_URL"],
-  resourceSetId: [isShortText, TEXT, "AEMBIT_RESOURCE_SET_ID"],
-  clientWorkloadId: [isShortText, TEXT, "CLIENT_WORKLOAD_ID"],
+  resourceSetId: [isText, TEXT, "AEMBIT_RESOURCE_SET_ID"],
+  clientWorkloadId: [isText, TEXT, "CLIENT_WORKLOAD_ID"],
   region: [isRegion, A_REGION, "AWS_REGION", "AWS_DEFAULT_REGION"],
-  lambdaArn: [(v) => isShortText(v) && LAMBDA_ARN.test(v), "a function's ARN"],
+  lambdaArn: [isLambdaArn, "a function's ARN"],
   source: [isOneOf(SOURCES), SOURCES],
   ecsMetadata: [isOneOf(ECS_MODES), ECS_MODES],
-  timeoutMs: [(v) => isWithin(v, MAX_TIMEOUT_MS), "up to 24 days"],
-  instanceIdentity: [(v) => typeof v === "boolean", "a boolean"],
+  host: [matches(/^[\w.:[\]-]+$/), "a host"],
+  port: [(v) => isWithin(v, 65_535) && Number.isInteger(v), "1 to 65535"],
+  credentialType: [isText, "a word"],
+  outputFormat: [isOneOf(FORMATS), FORMATS],
+  timeoutMs: [(v) => isWithin(v, MAX_TIMEOUT_MS), "ms up to 24 days (flag: seconds)"],
+  instanceIdentity: [isBoolean, "a boolean"],
+  json: [isBoolean, "a boolean"],
+  verbose: [isBoolean, "a boolean"],
+  help: [isBoolean, "a boolean"],
+  version: [isBoolean, "a boolean"],
+  connectionMetadata: [(v) => isRecord(v) && Object.values(v).every(isString), "text"],
+  forceRefresh: [isBoolean, "a boolean"],
   maxAttempts: [(v) => isWithin(v, 100) && Number.isInteger(v), "1 to 100"],
-  signal: [isSignal, "an AbortSignal"],
+  signal: [(v) => v instanceof AbortSignal, "an AbortSignal"],
   fetch: [isFunction, "a function"],
   env: [isRecord, "an object"],
   now: [isFunction, "a function"],
@@ -645,7 +636,6 @@ interface Config {
   readonly maxAttempts: number;
   readonly signal?: AbortSignal;
   readonly fetch: typeof globalThis.fetch;
-  readonly ownFetch: boolean;
   readonly now: () => number;
   /** A variable, trimmed unless it is wanted raw; empty is unset, as in every AWS SDK. */
   readonly env: (name: string, raw?: "raw") => string | undefined;
@@ -654,24 +644,11 @@ interface Config {
 
 /** An option is what was given, else its variable, else its default. */
 function readOptions(options: AembitAuthOptions = {}): Config {
-  assertConfig(isRecord(options), "options must be an object");
-  const { credentials, env: variables }: AembitAuthOptions = options;
-  const set: Record<string, unknown> = {};
   const env: Config["env"] = (name, raw) => {
-    const all: Readonly<Record<string, unknown>> = variables ?? process.env;
-    const value = all[name] ?? "";
-    assertConfig(isString(value), `the variable ${name} must be a string`);
+    const value = String((options.env ?? process.env)[name] ?? "");
     return (raw ? value : value.trim()) || undefined;
   };
-  for (const [name, [isRight, rule, ...names]] of Object.entries(OPTIONS)) {
-    const given: unknown = options[name];
-    const variable = given === undefined ? names.find((candidate) => env(candidate)) : undefined;
-    const found = variable ? env(variable) : given;
-    if (found === undefined) continue;
-    const value = isString(found) ? found.trim() : found;
-    assertConfig(isRight(value), `${variable ?? nameOf(name)} must be ${rule}`);
-    set[name] = value;
-  }
+  const set = readTable(options, env);
   return {
     source: "auto",
     ecsMetadata: "auto",
@@ -681,37 +658,44 @@ function readOptions(options: AembitAuthOptions = {}): Config {
     now: Date.now,
     logger: { debug() {}, warn() {} },
     ...set,
-    ownFetch: "fetch" in set,
-    credentials,
+    credentials: options.credentials,
     env,
   };
 }
 
-/** `clientId (--client-id)`: as it is known in a program and on the command line. */
-function nameOf(option: string): string {
-  return `${option} (${toFlag(option)})`;
+/** What is set, checked. Without an environment, only what was given counts. */
+function readTable(given: unknown, env?: Config["env"]): Record<string, unknown> {
+  assertConfig(isRecord(given), "options must be an object");
+  const set: Record<string, unknown> = {};
+  for (const [name, [isRight, rule, ...names]] of Object.entries(OPTIONS)) {
+    const variable = given[name] === undefined && names.find((candidate) => env?.(candidate));
+    const found = variable ? env?.(variable) : given[name];
+    if (found === undefined) continue;
+    const value = isString(found) ? found.trim() : found;
+    assertConfig(isRight(value), `${variable || nameOf(name)} must be ${rule}`);
+    set[name] = value;
+  }
+  return set;
 }
 
-/** `timeoutMs` is `--timeout`, in seconds, as a person would type it. */
+/** `clientId (--client-id)`: as it is known in a program and on the command line. */
+function nameOf(option: string): string {
+  const { [option]: [, , ...variables] = [] } = OPTIONS;
+  return `${option} (${[`--${toFlag(option)}`, ...variables].join(", ")})`;
+}
+
+/** `timeoutMs` is `timeout`, in seconds, as a person would type it. */
 function toFlag(option: string): string {
-  const words = option.replace("Ms", "").replace(/[A-Z]/g, "-$&");
-  return `--${words.toLowerCase()}`;
+  const words = option.replace(/^(host|port)$/, "server-workload-$1").replace("Ms", "");
+  return words.replace(/[A-Z]/g, "-$&").toLowerCase();
 }
 
 /** Checked without waiting: an aborted caller is told so even where a token is at hand. */
 function readCallOptions(options: TokenOptions = {}, client?: AembitAuthOptions): TokenOptions {
-  assertConfig(isRecord(options), "options must be an object");
-  const { signal, forceRefresh = false }: TokenOptions = options;
-  assertConfig(signal === undefined || isSignal(signal), "signal must be an AbortSignal");
-  assertConfig(typeof forceRefresh === "boolean", "forceRefresh must be a boolean");
-  signal?.throwIfAborted();
+  readTable(options);
+  options.signal?.throwIfAborted();
   if (client?.signal?.aborted) throw client.signal.reason;
   return options;
-}
-
-/** Both its labels are judged here, so that what is made of them needs no second look. */
-function isClientId(value: unknown): value is string {
-  return isShortText(value) && CLIENT_ID.test(value);
 }
 
 function originOfClientId(clientId: string): string {
@@ -721,27 +705,26 @@ function originOfClientId(clientId: string): string {
 
 /** Whom to ask. The client ID is required even where the URL is given: Aembit looks it up. */
 function readEdge({ clientId, edgeUrl }: Call): { readonly clientId: string; origin: string } {
-  assertConfig(clientId, "clientId (--client-id) or AEMBIT_CLIENT_ID must be set");
+  assertConfig(clientId, `${nameOf("clientId")} must be set`);
   return { clientId, origin: edgeUrl ? new URL(edgeUrl).origin : originOfClientId(clientId) };
 }
 
 /** The attestation is a bearer secret: TLS always, but for a test server on this machine. */
 function isEdgeUrl(value: unknown): boolean {
   const url = parseHttpUrl(value);
-  const bare = url?.pathname === "/" && !/[?#]/.test(String(value));
+  const bare = url?.href === `${url?.origin}/`;
   return bare && (url.protocol === "https:" || isLoopback(url));
 }
 
 /** An http or https URL that carries no credentials, which would end up in logs. */
 function parseHttpUrl(value: unknown): URL | undefined {
-  const whole = isShortText(value) && /^https?:\/\/[^/]/i.test(value) && URL.canParse(value);
-  const url = whole ? new URL(value) : undefined;
-  return url?.username || url?.password ? undefined : url;
+  const whole = isText(value) && /^https?:\/\/[^/@]+(\/|$)/i.test(value) && URL.canParse(value);
+  return whole ? new URL(value) : undefined;
 }
 
 /** `new URL()` has already written 127.1 and 0x7f.1 out as 127.0.0.1. */
 function isLoopback({ hostname }: URL): boolean {
-  return /^(localhost|\[::1\]|127(\.\d+){3})$/.test(hostname);
+  return /^(localhost|\[::1\]|127\.[\d.]+)$/.test(hostname);
 }
 
 // --- 6. AWS credentials ---
@@ -778,25 +761,22 @@ const SOURCE_TABLE: readonly (readonly [
  */
 function findCredentials(call: Call): Promise<AwsCredentials> {
   if (call.credentials !== undefined) return loadFromCaller(call);
+  const { source, env } = call;
   const reasons: string[] = [];
-  // A source that was named by itself says all there is to say.
-  const hint = call.source === "auto" ? ["give the workload a role"] : [];
   for (const [name, load, ...variables] of SOURCE_TABLE) {
-    if (call.source !== "auto" && call.source !== name) continue;
-    if (variables.length === 0 || variables.some((variable) => call.env(variable))) {
-      return load(call).then((credentials) => {
-        call.logger.debug(`AWS credentials from ${name}`);
-        return keepSecrets(call, credentials);
-      }, (error: unknown) => {
+    if (source !== "auto" && source !== name) continue;
+    if (variables.length === 0 || variables.some((variable) => env(variable))) {
+      call.logger.debug(`AWS credentials from ${name}`);
+      return load(call).catch((error: unknown) => {
         // Off AWS, IMDS says what it was, and the others why they were not asked.
         if (!isCode(error, "no_aws_credentials")) throw error;
-        const list = [...reasons, `${name}: ${error.message}`, ...hint].join("; ");
-        throw new AembitAuthError(error.code, list, error);
+        reasons.push(`${name}: ${error.message}`, "give the workload a role");
+        throw new AembitAuthError(error.code, reasons.join("; "), error);
       });
     }
     reasons.push(`${name}: ${variables.join(", ")} not set`);
   }
-  throw new AembitAuthError("no_aws_credentials", [...reasons, ...hint].join("; "));
+  throw new AembitAuthError("no_aws_credentials", reasons.join("; "));
 }
 
 /** Read at call time: Lambda and tests change the environment of a running process. */
@@ -806,45 +786,46 @@ function loadFromEnvironment(call: Call): Promise<AwsCredentials> {
   const pair = accessKeyId && secretAccessKey;
   assertConfig(pair, `${KEY_ID} and ${SECRET_KEY} must be set together`);
   const fields = { accessKeyId, secretAccessKey, sessionToken: call.env("AWS_SESSION_TOKEN") };
-  const complain = complaint("invalid_config", KEY_ID);
-  return Promise.resolve(checkCredentials(fields, clock(call), complain));
+  return Promise.resolve(checkGiven(call, fields, KEY_ID));
 }
 
 /** A malformed value is the caller's mistake; what a function returns is its source's. */
 function loadFromCaller(call: Call): Promise<AwsCredentials> {
   const { credentials } = call;
   const from = "credentials";
-  if (!isFunction(credentials)) {
-    const complain = complaint("invalid_config", from);
-    const checked = checkCredentials(credentials, clock(call), complain);
-    return Promise.resolve(keepSecrets(call, checked));
-  }
+  if (!isFunction(credentials)) return Promise.resolve(checkGiven(call, credentials, from));
   const given = Promise.resolve().then(() => credentials());
   return during(call, `waiting for ${from}()`, given).then(
-    (answer) => {
-      const complain = complaint("invalid_aws_credentials", from);
-      return keepSecrets(call, checkCredentials(answer, clock(call), complain));
-    },
+    (answer) => checkGiven(call, answer, from, "invalid_aws_credentials"),
     (cause: unknown) => {
       throw new AembitAuthError("metadata_unavailable", `${from}() failed`, { cause });
     },
   );
 }
 
-type Complaint = (problem: string, expired?: boolean) => AembitAuthError;
-
 /** Whose mistake it is when they are malformed depends; expired is always the same. */
-function complaint(code: AembitAuthErrorCode, from: string): Complaint {
-  return (problem, expired) =>
-    new AembitAuthError(expired ? "invalid_aws_credentials" : code, `${from}: ${problem}`);
+function checkGiven(
+  call: Call,
+  value: unknown,
+  from: string,
+  code: AembitAuthErrorCode = "invalid_config",
+): AwsCredentials {
+  return checkCredentials(call, value, clock(call), (problem, expired) =>
+    new AembitAuthError(expired ? "invalid_aws_credentials" : code, `${from}: ${problem}`));
 }
 
 /**
  * Foreign credentials become ours only whole: no empty string, no character that a header would
  * refuse (and quote in its error), no date that is `NaN` and therefore never expires.
  */
-function checkCredentials(value: unknown, nowMs: number, complain: Complaint): AwsCredentials {
+function checkCredentials(
+  call: Call,
+  value: unknown,
+  nowMs: number,
+  complain: (problem: string, expired?: boolean) => AembitAuthError,
+): AwsCredentials {
   const fields = isRecord(value) ? value : {};
+  keepSecret(call, fields["secretAccessKey"], fields["sessionToken"]);
   const text = (name: string): string => {
     const field = fields[name];
     if (isText(field)) return field;
@@ -853,14 +834,14 @@ function checkCredentials(value: unknown, nowMs: number, complain: Complaint): A
   const accessKeyId = text("accessKeyId");
   const secretAccessKey = text("secretAccessKey");
   const sessionToken = fields["sessionToken"] ? text("sessionToken") : undefined;
-  const hidden = { secretAccessKey, ...(sessionToken && { sessionToken }) };
-  const expiration = fields["expiration"] ?? undefined;
-  if (expiration === undefined) return conceal({ accessKeyId }, hidden);
-  if (!isDate(expiration)) throw complain("expiration must be a date");
-  if (expiration.getTime() > nowMs) {
-    return conceal({ accessKeyId, expiration: new Date(expiration) }, hidden);
-  }
-  throw complain("expired, renew them", true);
+  const given = fields["expiration"];
+  const expiration = isDate(given) ? given : undefined;
+  if (given && !expiration) throw complain("expiration must be a date");
+  if (expiration && expiration.getTime() <= nowMs) throw complain("expired", true);
+  return conceal({
+    accessKeyId,
+    ...(expiration && { expiration: new Date(expiration) }),
+  }, { secretAccessKey, ...(sessionToken && { sessionToken }) });
 }
 
 /** The fields of AWS under our names. */
@@ -871,9 +852,8 @@ function toCredentials(reply: Reply, read: (name: string) => unknown): AwsCreden
     sessionToken: read("SessionToken"),
     expiration: parseDate(read("Expiration")),
   };
-  keepSecret(reply.call, fields.secretAccessKey, fields.sessionToken);
   // The service's own clock decides: by a wrong one here, good credentials would look expired.
-  return checkCredentials(fields, serverClock(reply), (problem) =>
+  return checkCredentials(reply.call, fields, serverClock(reply), (problem) =>
     failure(reply, "invalid_aws_credentials", problem));
 }
 
@@ -924,30 +904,23 @@ async function fetchFromContainer(call: Call, url: string): Promise<AwsCredentia
   const token = from === file ? await readTokenFile(call, file) : call.env(AUTH_TOKEN, "raw");
   keepSecret(call, token);
   if (token !== undefined && !/^[\x20-\x7e]+$/.test(token)) {
-    const message = `${from} must be visible ASCII on one line`;
-    throw new AembitAuthError("invalid_aws_credentials", message);
+    throw new AembitAuthError("invalid_aws_credentials", `${from} must be visible ASCII`);
   }
   const headers = { ...(token && { Authorization: token }) };
   return parseCredentialDocument(
     await sendMetadata(call, { name: "container credentials", url, headers }));
 }
 
-/** Service account tokens are about a kilobyte. */
-const MAX_TOKEN_FILE = 65_536;
-
 /** A pipe would never end and a directory never begin: only regular files of a sane size. */
 async function readTokenFile(call: Call, variable: string): Promise<string> {
-  const path = String(call.env(variable));
+  const step = `reading ${variable}`;
   try {
     // Loaded on demand: most workloads have no token file, and every start pays for imports.
-    const { readFile, stat } = await import("node:fs/promises");
-    const file = await stat(path);
-    if (!file.isFile() || file.size > MAX_TOKEN_FILE) throw new Error("not a file");
-    return await during(call, `reading ${variable}`, readFile(path, "utf8"));
+    const { readFile } = await import("node:fs/promises");
+    return await during(call, step, readFile(String(call.env(variable)), "utf8"));
   } catch (error) {
     const cause = cleanError(call, error);
-    const message = `${variable} cannot be read: ${cause.message}`;
-    throw new AembitAuthError("invalid_aws_credentials", message, { cause });
+    throw new AembitAuthError("invalid_aws_credentials", `${step}: ${cause.message}`, { cause });
   }
 }
 
@@ -957,13 +930,10 @@ const STS_ATTEMPT_MS = 5_000;
 /** EKS IRSA: STS turns the service account's token into role credentials. */
 // https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html
 function loadFromWebIdentity(call: Call): Promise<AwsCredentials> {
-  const role = call.env("AWS_ROLE_ARN") ?? "";
-  const right = /^arn:[\w-]+:iam::\d+:role\/[\w+=,.@/-]+$/.test(role);
-  assertConfig(right, `AWS_ROLE_ARN must be the ARN for ${IDENTITY_FILE}`);
-  const session = call.env("AWS_ROLE_SESSION_NAME") ?? "aembit-auth";
-  const named = /^[\w+=,.@-]{2,64}$/.test(session);
-  assertConfig(named, "AWS_ROLE_SESSION_NAME must be 2 to 64 of A-Za-z0-9_+=,.@-");
-  return assumeRole(call, { RoleArn: role, RoleSessionName: session });
+  const RoleArn = call.env("AWS_ROLE_ARN");
+  assertConfig(RoleArn, `AWS_ROLE_ARN must be set for ${IDENTITY_FILE}`);
+  const RoleSessionName = call.env("AWS_ROLE_SESSION_NAME") ?? "aembit-auth";
+  return assumeRole(call, { RoleArn, RoleSessionName });
 }
 
 async function assumeRole(call: Call, names: Record<string, string>): Promise<AwsCredentials> {
@@ -980,10 +950,9 @@ async function assumeRole(call: Call, names: Record<string, string>): Promise<Aw
     timeoutMs: STS_ATTEMPT_MS,
   });
   if (isRejection(reply.status)) {
-    throw failure(reply, "invalid_aws_credentials", "check the role's trust policy");
+    throw failure(reply, "invalid_aws_credentials", "check the trust policy");
   }
-  const { text } = expectOk(reply);
-  return toCredentials(reply, (name) => xmlText(text, name));
+  return toCredentials(expectOk(reply), (name) => xmlText(reply.text, name));
 }
 
 // https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/configuring-instance-metadata-service.html
@@ -993,8 +962,6 @@ const IMDS_ENDPOINTS: Readonly<Record<string, string>> = {
 };
 const IMDS_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
 const IMDS_TTL = "X-aws-ec2-metadata-token-ttl-seconds";
-/** A token is not used in its last minute, in which it could end on its way. */
-const IMDS_TOKEN_MARGIN_MS = 60_000;
 /** Off AWS nobody answers: two tries of a second each, and the error is there within three. */
 const IMDS_SEARCH_MS = 2_300;
 const IMDS_ROLES = "/latest/meta-data/iam/security-credentials/";
@@ -1008,13 +975,11 @@ function imdsDisabled({ env }: Call): boolean {
 /** The role of the instance: its name, then its credentials. The name is kept for later calls. */
 async function loadFromImds(call: Call): Promise<AwsCredentials> {
   if (imdsDisabled(call)) throw new AembitAuthError("no_aws_credentials", `${NO_IMDS} is true`);
-  const { memory } = call;
-  const kept = memory.role;
-  const role = kept ?? await fetchImdsRole(call);
+  const role = call.memory.role ?? await fetchImdsRole(call);
   const reply = await imdsGet(call, "credentials", IMDS_ROLES + role);
-  // The instance profile was replaced while we ran: its new role has another name.
-  memory.role = reply.status === 404 ? undefined : role;
-  return reply.status === 404 && kept ? loadFromImds(call) : parseCredentialDocument(reply);
+  // Where the instance profile was replaced, the role has another name, and is asked for anew.
+  call.memory.role = reply.status === 404 ? undefined : role;
+  return parseCredentialDocument(reply);
 }
 
 /** The list has one role. It becomes part of a path, so it must look like a role's name. */
@@ -1062,7 +1027,7 @@ function imdsEndpoint({ env }: Call): string {
 /** The session token of IMDSv2, fetched once for all readers. There is no way back to IMDSv1. */
 function imdsToken(call: Call): Promise<string> {
   const kept = call.memory.token;
-  // By a clock that was set back it may have ended all the same: that costs one 401.
+  // By a clock that was set back, or on its way, it may have ended all the same: a 401 will say so.
   if (kept && clock(call) < kept.endsMs) {
     keepSecret(call, kept.value);
     return Promise.resolve(kept.value);
@@ -1080,14 +1045,14 @@ async function fetchImdsToken(call: Call): Promise<string> {
   });
   const { status, headers } = reply;
   if (status === 0 || isRejection(status)) {
-    const hint = "not on EC2, IMDS is off, or a container's hop limit is not 2";
+    const hint = "not on EC2, or a container whose hop limit is not 2";
     throw failure(reply, noCredentials(call), hint);
   }
   const value = expectOk(reply).text.trim();
   if (!isText(value)) throw failure(reply, "invalid_aws_credentials", "not a token");
   keepSecret(call, value);
   // Without a life of its own it serves this call only.
-  const lifeMs = Number(headers.get(IMDS_TTL)) * 1000 - IMDS_TOKEN_MARGIN_MS;
+  const lifeMs = Number(headers.get(IMDS_TTL)) * 1000;
   call.memory.token = { value, endsMs: clock(call) + lifeMs };
   return value;
 }
@@ -1114,11 +1079,6 @@ function stsHost(region: string): string {
   return `sts.${region}.${DNS_SUFFIXES.find(([prefix]) => region.startsWith(prefix))?.[1]}`;
 }
 
-/** Not longer than a host label, as it becomes one. */
-function isRegion(value: unknown): value is string {
-  return isShortText(value) && REGION.test(value) && value.length < 64;
-}
-
 /** For what comes from documents and callers; options have been checked as such. */
 function parseRegion(value: unknown, from = "region"): string {
   const region = isString(value) ? value.trim() : value;
@@ -1134,7 +1094,7 @@ function findRegion(call: Call): Promise<string> {
 /** As given, then the ARN of the task, then IMDS. The error says of each why it had none. */
 async function searchRegion(call: Call): Promise<string> {
   if (call.region) return call.region;
-  const reasons = ["region (--region), AWS_REGION not set"];
+  const reasons = [`${nameOf("region")} not set`];
   for (const read of [regionOfTask, regionOfInstance]) {
     try {
       const found = await read(call);
@@ -1145,7 +1105,7 @@ async function searchRegion(call: Call): Promise<string> {
       reasons.push(error.message);
     }
   }
-  throw new AembitAuthError("no_region", `no AWS region: ${reasons.join("; ")}; set AWS_REGION`);
+  throw new AembitAuthError("no_region", reasons.join("; "));
 }
 
 /** `arn:{partition}:ecs:{region}:{account}:task/…`: ECS on EC2 sets no AWS_REGION of its own. */
@@ -1153,8 +1113,8 @@ async function regionOfTask(call: Call): Promise<string | undefined> {
   const base = ecsMetadataBase(call);
   const document = base && parseJson((await fetchTask(call, base)).text);
   const arn = isRecord(document) ? String(document["TaskARN"]) : "";
-  const region = /^arn:[^:]*:ecs:([^:]*):/.exec(arn)?.[1];
-  return region === undefined ? undefined : parseRegion(region, "TaskARN");
+  const [, , service, region] = arn.split(":");
+  return service === "ecs" ? parseRegion(region, "TaskARN") : undefined;
 }
 
 /** `placement/region`, not the availability zone less a letter: Local Zones are named otherwise. */
@@ -1173,27 +1133,24 @@ function ecsMetadataBase(call: Call): string | undefined {
 }
 
 /** Both documents at the same time; the limit of the endpoint is 40 requests a second. */
-async function fetchEcsMetadata(call: Call): Promise<EcsMetadata> {
+function fetchEcsMetadata(call: Call): Promise<EcsMetadata> {
   const base = ecsMetadataBase(call);
   assertConfig(base, `${ECS_METADATA_URI} must be set`);
-  const [container, task] = await Promise.all([
-    fetchEcsDocument(call, "ECS container metadata", base),
-    fetchTask(call, base),
-  ]);
-  return { containerMetadata: toDocument(container), taskMetadata: toDocument(task) };
+  const container = fetchEcsDocument(call, "ECS container metadata", base);
+  return Promise.all([container, fetchTask(call, base)]).then(([own, task]) =>
+    ({ containerMetadata: toDocument(own), taskMetadata: toDocument(task) }));
 }
 
 /** Off ECS there is none. On ECS a failure is worth a warning, and an error when required. */
-async function findEcsMetadata(call: Call): Promise<EcsMetadata | undefined> {
-  if (call.ecsMetadata === "require") return fetchEcsMetadata(call);
-  if (call.ecsMetadata === "omit" || !ecsMetadataBase(call)) return undefined;
-  try {
-    return await fetchEcsMetadata(call);
-  } catch (error) {
-    if (!isCode(error, "metadata_unavailable")) throw error;
-    call.logger.warn(`going on without ${error.message}`);
-    return undefined;
-  }
+function findEcsMetadata(call: Call): Promise<Evidence["documents"]> {
+  const { ecsMetadata: mode, logger } = call;
+  const required = mode === "require";
+  if (mode === "omit" || !(required || ecsMetadataBase(call))) return Promise.resolve({});
+  return fetchEcsMetadata(call).then((ecs) => ({ ecs }), (error: unknown) => {
+    if (required || !isCode(error, "metadata_unavailable")) throw error;
+    logger.warn(`going on without ${error.message}`);
+    return {};
+  });
 }
 
 /** The task document serves as evidence and for the region: it is read once for both. */
@@ -1215,7 +1172,7 @@ interface InstanceIdentity {
 /** IMDS breaks the signature into lines; Aembit takes it on one. */
 // https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-identity-documents.html
 async function fetchInstanceIdentity(call: Call): Promise<InstanceIdentity> {
-  assertConfig(!imdsDisabled(call), `instanceIdentity needs IMDS, and ${NO_IMDS} is true`);
+  assertConfig(!imdsDisabled(call), `instanceIdentity: ${NO_IMDS} is true`);
   const read = (name: string): Promise<Reply> =>
     imdsGet(call, `instance identity ${name}`, `/latest/dynamic/instance-identity/${name}`);
   const [document, signature] = await Promise.all([read("document"), read("signature")]);
@@ -1241,7 +1198,7 @@ function expectOk(reply: Reply): Reply {
  */
 function toDocument(reply: Reply): string {
   const { bytes, text } = expectOk(reply);
-  if (bytes && isRecord(parseJson(text))) return Buffer.from(bytes).toString("base64");
+  if (bytes && isRecord(parseJson(text))) return bytes.toString("base64");
   throw failure(reply, "metadata_unavailable", "expected JSON");
 }
 
@@ -1254,8 +1211,6 @@ const ALGORITHM = "AWS4-HMAC-SHA256";
 const FORM = "application/x-www-form-urlencoded; charset=utf-8";
 /** Aembit rebuilds exactly this body from nothing, so not a byte of it may vary. */
 const GET_CALLER_IDENTITY = "Action=GetCallerIdentity&Version=2011-06-15";
-/** Its SHA-256, once for all signatures. */
-const IDENTITY_HASH = sha256(GET_CALLER_IDENTITY);
 /** One key for each credentials object, and gone with it: it serves a day and a region. */
 const KEYS = new WeakMap<AwsCredentials, { readonly keyOf: string; readonly key: Uint8Array }>();
 
@@ -1352,12 +1307,10 @@ function canonicalHeaders(
 ): Map<string, string> {
   const headers = new Map<string, string>();
   assertConfig(isFunction(given?.[Symbol.iterator]), "headers must be visible ASCII");
-  for (const pair of given) {
-    const [name, value] = Array.isArray(pair) ? pair : [];
+  for (const [name, value] of given) {
     const key = String(name).toLowerCase();
-    const clean = String(value).replace(/[\t\n\r ]+/g, " ").replace(/^ | $/g, "");
-    const named = isString(value) && /^[!#$%&'*+.^`|~\w-]+$/.test(key);
-    const right = named && !/[\0-\x1f\x7f]/.test(clean);
+    const clean = String(value).replace(/[\t\n\r ]+/g, " ").trim();
+    const right = isString(value) && /^[\w.-]+$/.test(key) && /^[\x20-\x7e]*$/.test(clean);
     assertConfig(right, "headers must be visible ASCII");
     const before = headers.get(key);
     headers.set(key, before === undefined ? clean : `${before},${clean}`);
@@ -1373,12 +1326,12 @@ function canonicalRequest(
   names: readonly string[],
   normalizePath: boolean,
 ): string {
-  const [path = "", ...query] = request.path.split("?");
+  // A character for each byte of UTF-8: escapes may be of bytes that are no text.
+  const [path = "", ...query] = Buffer.from(request.path).toString("latin1").split("?");
   const lines = names.map((name) => `${name}:${headers.get(name)}\n`).join("");
   // A caller that sends the hash, or UNSIGNED-PAYLOAD, has it signed as the payload's hash too.
   const { body = "" } = request;
-  const payloadHash = headers.get("x-amz-content-sha256")
-    ?? (body === GET_CALLER_IDENTITY ? IDENTITY_HASH : sha256(body));
+  const payloadHash = headers.get("x-amz-content-sha256") ?? sha256(body);
   return [
     request.method.toUpperCase(),
     canonicalPath(path, normalizePath),
@@ -1409,8 +1362,8 @@ function canonicalPath(path: string, normalize: boolean): string {
     if (segment === "..") kept.pop();
     else if (segment !== "" && segment !== ".") kept.push(segment);
   }
-  const tail = kept.length > 0 && path.endsWith("/") ? "/" : "";
-  const plain = normalize || path === "" ? `/${kept.join("/")}${tail}` : path;
+  if (path.endsWith("/") && kept.length > 0) kept.push("");
+  const plain = normalize || path === "" ? `/${kept.join("/")}` : path;
   return plain.split("/").map(encode).join("/");
 }
 
@@ -1424,21 +1377,16 @@ function canonicalQuery(query: string): string {
   return pairs.sort().join("&").replaceAll(" ", "=");
 }
 
-/** RFC 3986: all but the unreserved characters, of which encodeURIComponent leaves five more. */
-function encode(text: string): string {
-  return encodeURIComponent(text.toWellFormed()).replace(/[!'()*]/g, (character) =>
-    `%${character.charCodeAt(0).toString(16).toUpperCase()}`);
+/** RFC 3986: every byte but the unreserved characters. */
+function encode(bytes: string): string {
+  return bytes.replace(/[^\w.~-]/g, (byte) =>
+    `%${Buffer.from(byte, "latin1").toString("hex").toUpperCase()}`);
 }
 
-/** A `%` that starts no escape stands for itself, and so does an escape that is not UTF-8. */
-function decode(text: string): string {
-  return text.replace(/(%[\da-f]{2})+/gi, (escapes) => {
-    try {
-      return decodeURIComponent(escapes);
-    } catch {
-      return escapes;
-    }
-  });
+/** A `%` that starts no escape stands for itself. */
+function decode(bytes: string): string {
+  return bytes.replace(/%([\da-f]{2})/gi, (_, hex: string) =>
+    Buffer.from(hex, "hex").toString("latin1"));
 }
 
 /** Lower-case hexadecimal, as every artefact wants it. */
@@ -1521,31 +1469,18 @@ function parseToken(reply: Reply): AembitToken {
   }
   // By our own uncorrected clock, which is the one that callers compare it with.
   const expiresAt = new Date(Math.min(reply.call.now() + expiresIn * 1000, MAX_DATE_MS));
-  reply.call.logger.debug(`Aembit issued a token for ${expiresIn} s`);
   return conceal({ tokenType, expiresIn, expiresAt }, { accessToken });
 }
 
-/** What `POST /edge/v1/credentials` wants to know beyond who asks. */
-interface CredentialsBody {
-  readonly server: { readonly transportProtocol: "TCP"; host: string; port: number };
-  readonly credentialType: string;
-  readonly connectionMetadata?: Readonly<Record<string, string>>;
-}
-
 /** The caller's part of the body: checked like options, before the first packet. */
-function parseCredentialsRequest(request: AembitCredentialsRequest): CredentialsBody {
-  assertConfig(isRecord(request), "request must be an object");
-  const { host, port, credentialType, connectionMetadata }: AembitCredentialsRequest = request;
-  const named = isShortText(host) && /^[\w.:[\]-]+$/.test(host);
-  assertConfig(named, "host (--server-workload-host) must be a host");
-  const numbered = isWithin(port, 65_535) && Number.isInteger(port);
-  assertConfig(numbered, "port (--server-workload-port) must be 1 to 65535");
-  assertConfig(isShortText(credentialType), `${nameOf("credentialType")} must be a word`);
-  const metadata: unknown = connectionMetadata ?? {};
-  const texts = isRecord(metadata) && Object.values(metadata).every(isString);
-  assertConfig(texts, "connectionMetadata must be text");
-  const server = { transportProtocol: "TCP", host, port } as const;
-  return { server, credentialType, ...(connectionMetadata && { connectionMetadata }) };
+function toCredentialsBody(request: AembitCredentialsRequest): object {
+  const set = readTable(request);
+  const { host, port, credentialType, connectionMetadata } = set;
+  for (const name of ["host", "port", "credentialType"]) {
+    assertConfig(set[name], `${nameOf(name)} must be set`);
+  }
+  const server = { transportProtocol: "TCP", host, port };
+  return { server, credentialType, connectionMetadata };
 }
 
 /** A 404 and the type `Unknown` both mean that no Access Policy matched. */
@@ -1559,7 +1494,7 @@ function parseCredentials(reply: Reply): AembitCredentials {
   if (!isText(credentialType) || !(ends === null || isDate(ends)) || !isRecord(data)) {
     throw failure(reply, "invalid_edge_response", "expiresAt or data is wrong");
   }
-  return Object.freeze({ credentialType, expiresAt: ends, data: conceal({}, data) });
+  return { credentialType, expiresAt: ends, data: conceal({}, data) };
 }
 
 // --- 10. One HTTP request ---
@@ -1586,7 +1521,8 @@ interface Outgoing {
   readonly headers?: Readonly<Record<string, string>>;
   /** Made for each attempt: a signature must not wait out the pause before it. */
   readonly body?: () => string;
-  readonly timeoutMs: number;
+  /** Metadata is a second away at most. */
+  readonly timeoutMs?: number;
   readonly retry404?: boolean;
   /** On the monotonic clock: no attempt may start that could end later than this. */
   readonly deadlineMs?: number;
@@ -1600,18 +1536,18 @@ interface Reply {
   readonly status: number;
   readonly headers: Headers;
   /** Undefined when the body was too large to be read. */
-  readonly bytes: Uint8Array | undefined;
+  readonly bytes: Buffer | undefined;
   readonly text: string;
   readonly attempts: number;
   readonly cause?: Error;
   readonly note?: string;
 }
 
-/** Metadata is a second away at most, and never behind a proxy. */
-function sendMetadata(call: Call, request: Omit<Outgoing, "timeoutMs">): Promise<Reply> {
+/** Metadata is never behind a proxy. */
+function sendMetadata(call: Call, request: Outgoing): Promise<Reply> {
   // With a transport of the caller's own, proxies are the caller's business.
-  if (!call.ownFetch) assertDirect(new URL(request.url));
-  return send(call, { ...request, timeoutMs: METADATA_ATTEMPT_MS });
+  if (call.fetch === globalThis.fetch) assertDirect(new URL(request.url));
+  return send(call, request);
 }
 
 /** Sends until there is an answer worth having, or no more attempts, or no more time. */
@@ -1622,15 +1558,14 @@ async function send(call: Call, request: Outgoing, attempts = 1): Promise<Reply>
   call.logger.debug(step);
   const passing = RETRIED.includes(status) || (status === 404 && request.retry404);
   // An endless body is not asked for twice.
-  const endless = status > 0 && !bytes;
-  if (!passing || endless || attempts >= call.maxAttempts) return reply;
+  if (!passing || (status > 0 && !bytes) || attempts >= call.maxAttempts) return reply;
   const pauseMs = pauseAfter(reply);
   const resumeMs = performance.now() + pauseMs;
   // The server asked for more time than there is: waiting for it would only waste it.
   if (headers.has("retry-after") && resumeMs >= call.deadlineMs) {
     return { ...reply, note: `asks to wait ${Math.ceil(pauseMs / 1000)} s, past the deadline` };
   }
-  if (resumeMs + request.timeoutMs > (request.deadlineMs ?? Infinity)) return reply;
+  if (resumeMs + METADATA_ATTEMPT_MS > (request.deadlineMs ?? Infinity)) return reply;
   await during(call, step, sleep(pauseMs, undefined, { signal: call.signal }));
   return send(call, request, attempts + 1);
 }
@@ -1641,50 +1576,49 @@ function pauseAfter(reply: Reply): number {
   const after = reply.headers.get("retry-after") ?? "";
   const isSeconds = /^\d+$/.test(after);
   // What is no date of HTTP is ignored: Date.parse would take "1.5" for a day in January.
-  const date = /^\w{3,9},? .*:/.test(after) ? Date.parse(after) : NaN;
+  const date = Date.parse(after.includes(":") ? after : "");
   const askedMs = isSeconds ? Number(after) * 1000 : date - serverClock(reply);
-  if (!Number.isNaN(askedMs)) return Math.max(0, askedMs);
+  if (askedMs >= 0) return askedMs;
   return Math.random() * Math.min(BACKOFF_CAP_MS, BACKOFF_BASE_MS * 2 ** (reply.attempts - 1));
 }
 
 /** One attempt: an answer, or why there was none. Only the end of the call is thrown. */
 async function attempt(call: Call, request: Outgoing): Promise<Omit<Reply, "attempts">> {
-  const { method = "GET", url, headers = {}, timeoutMs } = request;
+  const { method = "GET", url, headers = {}, timeoutMs = METADATA_ATTEMPT_MS } = request;
   const { fetch } = call;
   call.signal.throwIfAborted();
   const body = request.body?.() ?? null;
   const controller = new AbortController();
   const { signal } = controller;
-  const timer = setTimeout(() => controller.abort(), timeoutMs);
-  const reply = { call, request, status: 0, headers: new Headers(), bytes: undefined, text: "" };
-  const init: RequestInit = { method, headers, body, redirect: "manual", signal };
+  const timer = setTimeout(() =>
+    controller.abort(new Error(`no answer within ${timeoutMs} ms`)), timeoutMs);
+  let answer: Partial<Reply>;
   try {
     // The race is for transports that do not listen to their signal.
-    const answer = untilAborted(fetch(url, init).then(readAnswer), signal);
-    const { bytes, ...rest } = await during(call, `waiting for ${labelOf(request)}`, answer);
+    const response = fetch(url, { method, headers, body, redirect: "manual", signal });
+    const read = untilAborted(response.then(readAnswer), signal);
+    answer = await during(call, `waiting for ${labelOf(request)}`, read);
+  } catch (error) {
+    call.signal.throwIfAborted();
+    answer = { cause: cleanError(call, error) };
+  } finally {
     clearTimeout(timer);
     // The unread rest of a body would keep the connection and its sender busy.
-    if (!bytes) controller.abort();
-    return { ...reply, ...rest, bytes };
-  } catch (error) {
-    const late = signal.aborted;
-    clearTimeout(timer);
     controller.abort();
-    call.signal.throwIfAborted();
-    const cause = late ? new Error(`no answer within ${timeoutMs} ms`) : cleanError(call, error);
-    return { ...reply, cause };
   }
+  const none = { status: 0, headers: new Headers(), bytes: undefined, text: "" };
+  return { call, request, ...none, ...answer };
 }
 
 /** With the whole body, unless it is larger than anybody here has reason to send. */
 async function readAnswer(
   { status, headers, body }: Response,
-): Promise<Pick<Reply, "status" | "headers" | "bytes" | "text">> {
+): Promise<Partial<Reply>> {
   const chunks: Uint8Array[] = [];
   let length = 0;
   for await (const chunk of body ?? []) {
     length += chunk.byteLength;
-    if (length > MAX_BODY_BYTES) return { status, headers, bytes: undefined, text: "" };
+    if (length > MAX_BODY_BYTES) return { status, headers };
     chunks.push(chunk);
   }
   const bytes = Buffer.concat(chunks);
@@ -1698,26 +1632,21 @@ async function readAnswer(
  */
 // https://nodejs.org/api/cli.html#node_use_env_proxy1
 function assertDirect({ protocol, hostname, origin }: URL): void {
-  const { env, versions: { bun, deno }, execArgv, allowedNodeEnvironmentFlags } = process;
+  const { env, versions: { bun, deno }, execArgv } = process;
   // Bun and Deno do so unasked; Node has it from 22.21 and 24.5, and only when asked.
   const asked = env["NODE_USE_ENV_PROXY"] === "1"
-    || /(^|[\s"])--use[-_]env[-_]proxy/.test(`${execArgv.join(" ")} ${env["NODE_OPTIONS"]}`);
-  if (!bun && !deno && !(asked && allowedNodeEnvironmentFlags.has("--use-env-proxy"))) return;
+    || `${execArgv} ${env["NODE_OPTIONS"]}`.includes("--use-env-proxy");
+  if (!bun && !deno && !asked) return;
   // Without a proxy of its own, https goes through that of http.
   const variable = protocol === "https:" ? /^(https?|all)_proxy$/i : /^(http|all)_proxy$/i;
   const proxy = Object.keys(env).find((name) => variable.test(name) && env[name]);
-  // Deno knows neither `*` nor spaces, and wants IPv6 addresses without the brackets of the others.
-  const own = [hostname, hostname.replace(/[[\]]/g, "")];
+  // Deno does not know `*`, and wants IPv6 addresses without the brackets of the others.
+  const [own = ""] = [hostname.replace(/[[\]]/g, ""), hostname].slice(Number(!deno));
   const lists = [env["no_proxy"], env["NO_PROXY"]].filter((list) => list !== undefined);
-  const exempt = lists.length > 0 && lists.every((list) => {
-    const names = list.split(",").map((name) => name.trim());
-    const spaced = !deno && (list === "*" || list.split(/[\s,]+/).includes(hostname));
-    return spaced || own.every((name) => names.includes(name));
-  });
-  assertConfig(
-    !proxy || exempt,
-    `${proxy} would proxy ${origin}: set NO_PROXY=${[...new Set([...lists, ...own])].join(",")}`,
-  );
+  const exempt = lists.length > 0 && lists.every((list) =>
+    list.trim().split(/\s*,\s*/).includes(own) || (list === "*" && !deno));
+  const wanted = [...lists, own].join(",");
+  assertConfig(!proxy || exempt, `${proxy} would proxy ${origin}: set NO_PROXY=${wanted}`);
 }
 
 /** 4xx, but for 429, which only says: not now. */
@@ -1727,13 +1656,12 @@ function isRejection(status: number): boolean {
 
 /** The server's time, or ours where it does not say. */
 function serverClock({ call, headers }: Reply): number {
-  const dateMs = Date.parse(headers.get("date") ?? "");
-  return Number.isNaN(dateMs) ? clock(call) : dateMs;
+  return Date.parse(headers.get("date") ?? "") || clock(call);
 }
 
 /** `Aembit: POST https://…`: what is asked, and where. */
 function labelOf({ name, method = "GET", url }: Outgoing): string {
-  return `${name}: ${method} ${shownUrl(url)}`;
+  return `${name}: ${method} ${trimUrl(url)}`;
 }
 
 /** `Aembit: POST https://… answered 503 (attempt 3)`: what was tried, where, what came back. */
@@ -1748,7 +1676,7 @@ function failure(reply: Reply, code: AembitAuthErrorCode, hint = ERRORS[code][1]
   const { status, attempts, cause } = reply;
   const message = [outcome(reply), serviceMessage(reply), hint].filter(Boolean).join("; ");
   const retryable = RETRIED.includes(status) || status >= 500;
-  const details = { status: status || undefined, attempts, cause, retryable };
+  const details = { status, attempts, cause, retryable };
   return new AembitAuthError(code, message, details);
 }
 
@@ -1766,7 +1694,7 @@ interface Memory {
   /** The same as last seen, for the doctor. */
   seenSkewMs?: number;
   /** What is being waited for, for the message when time runs out. */
-  readonly steps: Set<{ readonly step: string }>;
+  readonly steps: Set<string>;
 }
 
 /** A call of its own starts from nothing; a client keeps one for its life. */
@@ -1812,9 +1740,8 @@ async function runCall<T>(
     skewMs: memory.skewMs,
   };
   const timer = setTimeout(() => {
-    const steps = [...memory.steps].map(({ step }) => step).join(", ");
-    const message = `no result within ${timeoutMs} ms, ${nameOf("timeoutMs")}: ${steps}`;
-    controller.abort(new AembitAuthError("timeout", message));
+    const reasons = [`no result within ${timeoutMs} ms, ${nameOf("timeoutMs")}`, ...memory.steps];
+    controller.abort(new AembitAuthError("timeout", reasons.join("; ")));
   }, timeoutMs);
   try {
     const ends = [config.signal, outer, signal];
@@ -1845,7 +1772,7 @@ class Shared<T> {
     });
   }
 
-  async join(signal: AbortSignal | undefined): Promise<T> {
+  async join(signal?: AbortSignal): Promise<T> {
     this.#waiting += 1;
     try {
       return await untilAborted(this.result, signal);
@@ -1872,16 +1799,13 @@ function untilAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Pro
 
 /** Work and what it is, for the message when time runs out before it is done. */
 function during<T>({ memory, signal }: Call, step: string, work: Promise<T>): Promise<T> {
-  const entry = { step };
-  memory.steps.add(entry);
-  return untilAborted(work, signal).finally(() => memory.steps.delete(entry));
+  memory.steps.add(step);
+  return untilAborted(work, signal).finally(() => memory.steps.delete(step));
 }
 
 /** The time, corrected by what Aembit's clock has taught us. */
 function clock(call: Call): number {
-  const nowMs = call.now() + call.skewMs;
-  assertConfig(isWithin(nowMs, MAX_DATE_MS), "now must return milliseconds");
-  return nowMs;
+  return call.now() + call.skewMs;
 }
 
 // --- 12. Text and secrets ---
@@ -1890,15 +1814,14 @@ function clock(call: Call): number {
 /** Enough for any sentence of a service, too little for a page of a proxy. */
 const MAX_SHOWN = 200;
 
-/** From here on the text is cut out of whatever is shown of a server's words. */
-function keepSecrets(call: Call, credentials: AwsCredentials): AwsCredentials {
-  keepSecret(call, credentials.secretAccessKey, credentials.sessionToken);
-  return credentials;
-}
-
+/**
+ * From here on the text is cut out of whatever is shown of a server's words, and so is each of its
+ * own words: however a server has escaped it, those stay as they are.
+ */
 function keepSecret(call: Call, ...secrets: readonly unknown[]): void {
   for (const secret of secrets) {
-    if (isString(secret) && secret) call.secrets.add(secret);
+    if (!isString(secret) || !secret) continue;
+    for (const word of [secret, ...secret.match(/\w{3,}/g) ?? []]) call.secrets.add(word);
   }
 }
 
@@ -1907,15 +1830,12 @@ function keepSecret(call: Call, ...secrets: readonly unknown[]): void {
  * every unbroken run of 40 or more characters of which keys, tokens and signatures are made.
  */
 function shown(call: Call, text: string): string {
-  let line = text.replace(/[\p{C}\p{Z}]+/gu, " ");
-  for (const secret of call.secrets) {
-    // However a server escapes it: its words in their order, and whatever stands between them.
-    // Each gap is settled once and for all: with going back, hostile text could take for ever.
-    const [first = "", ...rest] = secret.split(/\W+/);
-    const gaps = rest.map((word, index) => `(?=(.{1,40}?${word}))\\${index + 1}`);
-    line = line.replace(new RegExp(`${first}${gaps.join("")}\\S*`, "g"), "[cut]");
+  let line = text.replace(/[\p{C}\p{Z}]+/gu, " ").replace(/[\w+/=.~%-]{40,}/g, "[cut]");
+  // The longest first: a word of one secret may be the beginning of another.
+  for (const secret of [...call.secrets].sort((left, right) => right.length - left.length)) {
+    line = line.replaceAll(secret, "[cut]");
   }
-  const clean = [...line.replace(/[\w+/=.~%-]{40,}/g, "[cut]").trim()];
+  const clean = [...line.trim()];
   return clean.length > MAX_SHOWN ? `${clean.slice(0, MAX_SHOWN - 1).join("")}…` : clean.join("");
 }
 
@@ -1924,13 +1844,13 @@ function serviceMessage({ call, text, status }: Reply): string {
   const json = parseJson(text);
   // The message of an answer that brings secrets may quote them.
   if (isRecord(json) && ("data" in json || "accessToken" in json)) return "";
+  const fields = isRecord(json) ? json : {};
+  const words = ["Code", "code", "message", "Message"].map((name) =>
+    fields[name] ?? xmlText(text, name)).filter(isString);
   // Markup and broken JSON tell a person nothing, and the body of a success may be a secret.
-  const plain = status >= 400 && !/^\s*[<{[]/.test(text) ? text : "";
-  const words = isRecord(json)
-    ? [json["Code"] ?? json["code"], json["message"] ?? json["Message"]]
-    : [xmlText(text, "Code"), xmlText(text, "Message"), plain];
-  const said = words.filter((word) => isString(word) && !/^\s*(Success)?$/.test(word));
-  return said.length > 0 ? `"${shown(call, said.join(": "))}"` : "";
+  if (status >= 400 && !/^\s*[<{[]/.test(text)) words.push(text);
+  const said = shown(call, words.join(": "));
+  return said && `"${said}"`;
 }
 
 /**
@@ -1941,39 +1861,36 @@ function cleanError(call: Call, error: unknown): Error {
   const outer = isRecord(error) ? error : {};
   const inner = isRecord(outer["cause"]) ? outer["cause"] : outer;
   const code = inner["code"] ?? outer["code"];
-  const words = String(inner["message"] ?? "no reason given").replace(/\S+:\/\/\S+/g, "");
+  const words = String(inner["message"] ?? "unknown").replace(/\S+:\/\/\S+/g, "");
   const text = shown(call, isText(code) ? code : words);
   return Object.assign(new Error(text), isText(code) && { code: text });
 }
 
-/** A URL without its query, which may hold anything. */
-function shownUrl(url: string): string {
-  return url.replace(/[?#].*/, "");
-}
-
-/** A URL that paths can be added to. */
+/** A URL that can be shown, and added to: without its query, which may hold anything. */
 function trimUrl(url: string): string {
-  return shownUrl(url).replace(/\/+$/, "");
+  return url.replace(/\/*([?#].*)?$/, "");
 }
 
-/** Own properties only: the getters on the prototype are left out. */
-function showVisible(this: object): object {
-  return { ...this };
-}
+/**
+ * How an object with secrets shows itself: by its own properties, not by the getters on its
+ * prototype. Node, Bun and Deno ask for the second method before they look at anything else.
+ */
+class Concealed {
+  toJSON(): object {
+    return { ...this };
+  }
 
-/** How an object with secrets shows itself: by what it holds in the open. */
-const CONCEALED = {
-  toJSON: showVisible,
-  // Node, Bun and Deno ask for this before they look at anything else.
-  [Symbol.for("nodejs.util.inspect.custom")]: showVisible,
-};
+  [Symbol.for("nodejs.util.inspect.custom")](): object {
+    return { ...this };
+  }
+}
 
 /**
  * An object whose hidden values are read by property only. Properties that are merely not
  * enumerable would not do: `util.inspect` with `showHidden` prints them.
  */
 function conceal<S extends object, H extends object>(visible: S, hidden: H): Readonly<S & H> {
-  const getters: object = Object.create(CONCEALED);
+  const getters: object = new Concealed();
   for (const [name, value] of Object.entries(hidden)) {
     Object.defineProperty(getters, name, { get: () => value, enumerable: true });
   }
@@ -2014,32 +1931,27 @@ function isString(value: unknown): value is string {
   return typeof value === "string";
 }
 
+function isBoolean(value: unknown): value is boolean {
+  return typeof value === "boolean";
+}
+
 function isDate(value: unknown): value is Date {
-  return value instanceof Date && !Number.isNaN(value.getTime());
+  return value instanceof Date && Number.isInteger(value.getTime());
 }
 
-function isShortText(value: unknown): value is string {
-  return isText(value) && value.length <= MAX_TEXT;
-}
-
-/** Safe in a header, a URL and a log line. */
-function isText(value: unknown): value is string {
-  return isString(value) && VISIBLE_ASCII.test(value);
+/** For texts of one form. */
+function matches(form: RegExp): (value: unknown) => value is string {
+  return (value): value is string => isString(value) && form.test(value);
 }
 
 /** For `a|b|c`, as the help text shows a choice. */
 function isOneOf(choice: string): (value: unknown) => boolean {
-  return (value) => choice.split("|").some((word) => word === value);
+  return (value) => isString(value) && choice.split("|").includes(value);
 }
 
 /** A positive number up to a limit. What is below 1 ms or 1 attempt is no limit at all. */
 function isWithin(value: unknown, limit: number): value is number {
   return typeof value === "number" && value > 0 && value <= limit;
-}
-
-/** By its shape: a signal may come from another realm, such as a test's virtual machine. */
-function isSignal(value: unknown): value is AbortSignal {
-  return isRecord(value) && "aborted" in value && isFunction(value["addEventListener"]);
 }
 
 /** For the few places that tell one failure of ours from another. */
@@ -2051,154 +1963,123 @@ function isCode(error: unknown, code: AembitAuthErrorCode): error is AembitAuthE
 // The result on stdout, everything else on stderr, one line for a failure, and an exit status that
 // a script can act on.
 
-/** How `credentials` can print: the shells quote, the last is for the AWS SDKs. */
-const FORMATS = "json|sh-export|sh-env|powershell-env|aws-credential-process";
+/** Every flag as the parser of Node wants it, and what it must be. */
+const FLAGS = Object.fromEntries(
+  Object.entries(OPTIONS).slice(0, 18).map(([name, [isRight, rule]]) =>
+    [toFlag(name), { type: isRight === isBoolean ? "boolean" : "string", rule } as const]));
 
-/** Every flag and what it takes, the empty text for nothing. */
-const FLAGS: Readonly<Record<string, string>> = {
-  ...Object.fromEntries(Object.entries(OPTIONS).slice(0, 8).map(([name, [, rule]]) =>
-    [toFlag(name), rule])),
-  "--timeout": "seconds",
-  "--server-workload-host": "a host",
-  "--server-workload-port": "a port",
-  "--credential-type": "a word",
-  "--output-format": FORMATS,
-  "--instance-identity": "",
-  "--json": "",
-  "--verbose": "",
-  "--help": "",
-  "--version": "",
+/** The options that are numbers, and how many of theirs make one of the flag's. */
+const FACTORS: Readonly<Record<string, number>> = { timeoutMs: 1000, port: 1 };
+
+/** The same as options, which are checked where all options are. */
+type FlagOptions = AembitAuthOptions & AembitCredentialsRequest & {
+  readonly outputFormat?: string;
+  readonly json?: boolean;
+  readonly verbose?: boolean;
+  readonly help?: boolean;
+  readonly version?: boolean;
 };
 
-type Flags = Readonly<Record<string, string>>;
-
-/** Writes one line to stdout. */
-type Print = (line: string) => void;
-
-/** Every command and what it prints. */
-const COMMANDS: Readonly<Record<string, {
-  readonly help: string;
-  readonly run: (options: AembitAuthOptions, print: Print, flags: Flags) => Promise<void>;
-}>> = {
-  token: { help: "print an access token (default)", run: printToken },
-  request: { help: "print the body of /edge/v1/auth: a secret", run: printRequest },
-  headers: { help: "print the signed headers: a secret", run: printHeaders },
-  credentials: { help: "print the credential of a Server Workload", run: printCredentials },
-  doctor: { help: "check each step", run: examine },
+/** Every command: what help says of it, and what prints its result. */
+const COMMANDS: Readonly<Record<string, readonly [
+  help: string,
+  run: (options: FlagOptions) => Promise<void>,
+]>> = {
+  token: ["an access token", async (options) => {
+    const { accessToken, ...rest } = await authenticate(options);
+    print(options.json ? JSON.stringify({ accessToken, ...rest }) : accessToken);
+  }],
+  // For `curl --json @-`, to see what Aembit says with nothing of ours in between.
+  request: ["the signed body, a secret", async (options) =>
+    print(JSON.stringify(await createAuthRequest(options)))],
+  // Without a client ID: these headers are for STS, whoever replays them.
+  headers: ["the signed headers, a secret", async (options) => {
+    const { aws } = await runCall(options, newMemory(), async (call) =>
+      attest(call, await gatherEvidence({ ...call, ecsMetadata: "omit" })));
+    print(JSON.stringify(aws.stsGetCallerIdentity));
+  }],
+  credentials: ["a credential", printCredentials],
+  doctor: ["check each step", examine],
 };
 
 /** What a shell reports for a process that SIGINT has ended. */
 const EXIT_INTERRUPTED = 130;
 
-/** Runs the command line and returns its exit status. */
-async function main(args: readonly string[]): Promise<number> {
+/** Runs the command line and sets the exit status. What is not an error of ours is a bug. */
+async function main(args: string[]): Promise<void> {
   const { stdout, stderr } = process;
   const interrupt = new AbortController();
   const { signal } = interrupt;
-  const onInterrupt = (): void => interrupt.abort();
-  const print: Print = (line) => void stdout.write(`${line}\n`);
-  const tell: Print = (line) => void stderr.write(`aembit-auth: ${line}\n`);
+  const tell = (line: string): void => void stderr.write(`${line}\n`);
   // A reader that has seen enough (`| head`) is no failure of ours.
   for (const stream of [stdout, stderr]) stream.on("error", () => {});
-  process.on("SIGINT", onInterrupt);
-  let exit = 0;
+  process.once("SIGINT", () => interrupt.abort());
   try {
-    const { command, flags } = parseArguments(args);
-    const debug = flags["--verbose"] ? tell : (): void => {};
-    const logger = { debug, warn: (line: string): void => tell(`warning: ${line}`) };
-    const options = { ...toOptions(flags), signal, logger };
-    if (flags["--version"]) print(VERSION);
-    else if (flags["--help"]) print(usage());
-    else await COMMANDS[command]?.run(options, print, flags);
+    const { command, flags } = await parseArguments(args);
+    const debug = (line: string): unknown => flags.verbose && tell(`aembit-auth: ${line}`);
+    const warn = (line: string): void => tell(`aembit-auth: warning: ${line}`);
+    const options = { ...flags, signal, logger: { debug, warn } };
+    if (flags.version) print(VERSION);
+    else if (flags.help) print(usage());
+    else await COMMANDS[command]?.[1](options);
   } catch (error) {
-    exit = signal.aborted ? EXIT_INTERRUPTED : reportFailure(error, args.includes("--json"));
+    process.exitCode = EXIT_INTERRUPTED;
+    if (!signal.aborted) {
+      if (!(error instanceof AembitAuthError)) throw error;
+      const { code, message, status } = error;
+      const json = JSON.stringify({ error: { code, message, status } });
+      tell(args.includes("--json") ? json : `aembit-auth: ${code}: ${message}`);
+      process.exitCode = ERRORS[code][0];
+    }
   }
-  process.removeListener("SIGINT", onInterrupt);
-  return exit;
 }
 
-/** One line on stderr. What is not an error of ours is a bug, and may show its stack. */
-function reportFailure(error: unknown, asJson: boolean): number {
-  if (!(error instanceof AembitAuthError)) throw error;
-  const { code, message, status } = error;
-  const json = JSON.stringify({ error: { code, message, status } });
-  process.stderr.write(asJson ? `${json}\n` : `aembit-auth: ${code}: ${message}\n`);
-  return ERRORS[code][0];
+/** Results go to stdout, and nothing else does. */
+function print(line: string): void {
+  process.stdout.write(`${line}\n`);
 }
 
-/** `--flag value` or `--flag=value`; what is not known is refused together with what is. */
-function parseArguments(args: readonly string[]): { command: string; flags: Flags } {
-  const flags: Record<string, string> = {};
-  const words = args.flatMap((word) => /^(--[\w-]+)=(.*)$/s.exec(word)?.slice(1) ?? word);
-  const command = words.find((word, index) => index === 0 && !word.startsWith("-")) ?? "token";
-  const known = Object.hasOwn(COMMANDS, command);
-  assertConfig(known, `unknown command, not ${Object.keys(COMMANDS).join("|")}`);
-  if (command === words[0]) words.shift();
-  for (let word = words.shift(); word !== undefined; word = words.shift()) {
-    const takes = Object.hasOwn(FLAGS, word) ? FLAGS[word] : undefined;
-    assertConfig(takes !== undefined, `unknown flag, not ${Object.keys(FLAGS).join("|")}`);
-    const value = takes ? words.shift() : "yes";
-    assertConfig(value && !value.startsWith("--"), `${word} takes ${takes}`);
-    flags[word] = value;
+/** What is not known is refused together with what is. */
+async function parseArguments(args: string[]): Promise<{ command: string; flags: FlagOptions }> {
+  const { parseArgs } = await import("node:util");
+  const names = Object.keys(COMMANDS).join("|");
+  try {
+    const { values, positionals } = parseArgs({ args, options: FLAGS, allowPositionals: true });
+    const [command = "token", ...more] = positionals;
+    assertConfig(isOneOf(names)(command) && more.length === 0, `commands are ${names}`);
+    return { command, flags: toOptions(values) };
+  } catch (error) {
+    // The first sentence names the flag and what is wrong with it, and never a value.
+    const words = String(error).replace(/^[^:]*: |[.\n].*/gs, "");
+    assertConfig(false, `${words}; flags are --${Object.keys(FLAGS).join("|--")}`);
   }
-  return { command, flags };
 }
 
-/** The options that flags set. Their values are checked where all options are. */
-function toOptions(flags: Flags): AembitAuthOptions {
-  const { "--timeout": timeout, "--instance-identity": identity } = flags;
-  return {
-    ...Object.fromEntries(Object.keys(OPTIONS).map((name) => [name, flags[toFlag(name)]])),
-    timeoutMs: timeout ? Number(timeout) * 1000 : undefined,
-    instanceIdentity: identity ? true : undefined,
-  };
+/** The options that flags set. */
+function toOptions(flags: Readonly<Record<string, unknown>>): FlagOptions {
+  return Object.fromEntries(Object.keys(OPTIONS).map((name): unknown[] => {
+    const value = flags[toFlag(name)];
+    const factor = FACTORS[name];
+    return [name, factor && value !== undefined ? Number(value) * factor : value];
+  }));
 }
 
 /** From the same tables that are obeyed, so that help cannot fall behind. */
 function usage(): string {
-  const row = (name: string, help: string): string => `  ${name.padEnd(24)} ${help}`;
-  return [
-    "aembit-auth [command] [flags]",
-    ...Object.entries(COMMANDS).map(([name, { help }]) => row(name, help)),
-    ...Object.entries(FLAGS).map(([name, takes]) => row(name, takes)),
-  ].join("\n");
-}
-
-/** The token alone by default, for `$(…)`. */
-async function printToken(options: AembitAuthOptions, print: Print, flags: Flags): Promise<void> {
-  const { accessToken, ...rest } = await authenticate(options);
-  print(flags["--json"] ? JSON.stringify({ accessToken, ...rest }) : accessToken);
-}
-
-/** For `curl --json @-`, to see what Aembit says with nothing of ours in between. */
-async function printRequest(options: AembitAuthOptions, print: Print): Promise<void> {
-  print(JSON.stringify(await createAuthRequest(options)));
-}
-
-/** Without a client ID: these headers are for STS, whoever replays them. */
-async function printHeaders(options: AembitAuthOptions, print: Print): Promise<void> {
-  const signed = await runCall(options, newMemory(), async (call) =>
-    attest(call, await gatherEvidence({ ...call, ecsMetadata: "omit" })));
-  print(JSON.stringify(signed.aws.stsGetCallerIdentity));
+  const rows = [
+    ...Object.entries(COMMANDS).map(([name, [help]]) => [name, help] as const),
+    ...Object.entries(FLAGS).map(([name, { rule }]) => [`--${name}`, rule] as const),
+  ];
+  const lines = rows.map(([name, help]) => `  ${name.padEnd(24)} ${help}`);
+  return ["aembit-auth [command] [flags]", ...lines].join("\n");
 }
 
 /** What cannot work is refused before Aembit is asked. */
-async function printCredentials(
-  options: AembitAuthOptions,
-  print: Print,
-  flags: Flags,
-): Promise<void> {
-  const {
-    "--server-workload-host": host = "",
-    "--server-workload-port": port,
-    "--credential-type": credentialType = "",
-    "--output-format": format = "json",
-  } = flags;
-  assertConfig(isOneOf(FORMATS)(format), `--output-format must be ${FORMATS}`);
-  const aws = format !== "aws-credential-process" || credentialType === "AwsStsFederation";
-  assertConfig(aws, `--output-format ${format} needs --credential-type AwsStsFederation`);
-  const request = { host, port: Number(port), credentialType };
-  print(render(await new AembitAuth(options).getCredentials(request), format));
+async function printCredentials(options: FlagOptions): Promise<void> {
+  const { outputFormat = "json", credentialType } = options;
+  const fits = outputFormat !== "aws-credential-process" || credentialType === "AwsStsFederation";
+  assertConfig(fits, `${outputFormat} needs --credential-type AwsStsFederation`);
+  print(render(await new AembitAuth(options).getCredentials(options), outputFormat));
 }
 
 /** How a shell assigns a variable, and what stands for a quote within single quotes. */
@@ -2215,7 +2096,7 @@ function render(credential: AembitCredentials, format: string): string {
   const { data, expiresAt } = credential;
   // Hidden values are getters of the prototype, which `for…in` sees and spreading does not.
   const fields: [string, unknown][] = [];
-  for (const name in data) if (name !== "toJSON") fields.push([name, data[name]]);
+  for (const name in data) fields.push([name, data[name]]);
   if (format === "json") return JSON.stringify({ ...credential, data: Object.fromEntries(fields) });
   const misfit = new AembitAuthError("invalid_edge_response", `the data does not fit ${format}`);
   const shell = SHELLS[format];
@@ -2245,76 +2126,61 @@ function render(credential: AembitCredentials, format: string): string {
 // --- 14. Doctor ---
 // The same functions as in a real run, one at a time, each with its own line.
 
-/** Runs all checks, prints all lines, and fails with the first failure there was. */
-async function examine(options: AembitAuthOptions, print: Print): Promise<void> {
+/** Prints a line for each check, and fails with the first that did: nothing is asked after it. */
+async function examine(options: AembitAuthOptions): Promise<void> {
   const memory = newMemory();
   let failed: AembitAuthError | undefined;
-  /** Prints one line, and says whether there was anything to find. What is in vain is not asked. */
-  const check = async (
-    name: string,
-    work: false | ((call: Call) => Promise<string | undefined>),
-    optional?: AembitAuthErrorCode,
-  ): Promise<boolean> => {
-    const startedMs = performance.now();
-    let [mark, text] = ["-", "not asked"];
+  let settled = false;
+  const check = async (name: string, work: (call: Call) => unknown): Promise<void> => {
+    let line = `-    ${name}: not asked`;
     try {
-      const found = work && await runCall(options, memory, work);
-      if (found) [mark, text] = ["ok", found];
+      const found = !failed && await runCall(options, memory, async (call) => work(call));
+      if (found) line = `ok   ${name}: ${found}`;
     } catch (error) {
       if (!(error instanceof AembitAuthError)) throw error;
-      const absent = error.code === optional;
-      [mark, text] = absent ? ["-", error.message] : ["FAIL", `${error.code}: ${error.message}`];
-      if (!absent) failed ??= error;
+      // A source that has none is no failure; if no other has any, the exchange will say so.
+      const absent = error.code === "no_aws_credentials" && name !== "exchange";
+      line = absent ? `-    ${error.message}` : `FAIL ${name}: ${error.code}: ${error.message}`;
+      if (!absent) failed = error;
     }
-    const took = work ? ` (${Math.round(performance.now() - startedMs)} ms)` : "";
-    print(`${mark.padEnd(5)}${name.padEnd(13)} ${text}${took}`);
-    return mark !== "-";
+    print(line);
   };
-  await check("client ID", async (call) => readEdge(call).clientId);
-  await check("Edge URL", async (call) => failed ? undefined : readEdge(call).origin);
-  let settled = false;
+  await check("client ID", (call) => readEdge(call).clientId);
+  await check("Edge URL", (call) => readEdge(call).origin);
   for (const [name] of SOURCE_TABLE) {
-    // The last one has to answer: there is nowhere else to look.
-    const optional = name === "imds" || name === options.source ? undefined : "no_aws_credentials";
-    const found = check(name, !settled && (async (call) => examineSource(call, name)), optional);
-    settled = await found || settled;
+    await check(name, async (call) => {
+      if (settled || (call.source !== "auto" && call.source !== name)) return;
+      const { accessKeyId, expiration } = await findCredentials({ ...call, source: name });
+      settled = true;
+      return `${accessKeyId} ${expiration?.toJSON() ?? ""}`;
+    });
   }
-  await check("region", !failed && findRegion);
-  await check("ECS metadata", !failed && (async (call) => {
-    const wanted = call.ecsMetadata === "require" || ecsMetadataBase(call);
-    if (!wanted || call.ecsMetadata === "omit") return "none to send";
-    await fetchEcsMetadata(call);
-    return "read";
-  }), options.ecsMetadata === "require" ? undefined : "metadata_unavailable");
-  await check("exchange", !failed && (async (call) =>
-    `a token for ${(await exchange(call)).expiresIn} s`));
-  const { seenSkewMs } = memory;
-  await check("clock", seenSkewMs !== undefined && (async () => offBy(seenSkewMs)));
+  await check("region", findRegion);
+  await check("ECS metadata", async (call) => (await findEcsMetadata(call)).ecs ? "read" : "none");
+  let token: Promise<AembitToken> | undefined;
+  await check("clock", async (call) => {
+    token = exchange(call);
+    // Aembit's clock is learnt from any answer, and a wrong one here may be why it refused.
+    await token.catch(() => {});
+    return memory.seenSkewMs !== undefined && offBy(memory.seenSkewMs);
+  });
+  await check("exchange", async () => token && `a token for ${(await token).expiresIn} s`);
   if (failed) throw failed;
 }
 
-/** The source as if it were pinned; one that another is pinned over is not asked. */
-async function examineSource(call: Call, name: CredentialSource): Promise<string | undefined> {
-  if (call.source !== "auto" && call.source !== name) return undefined;
-  const { accessKeyId, expiration } = await findCredentials({ ...call, source: name });
-  return `${accessKeyId} until ${expiration?.toISOString() ?? "changed"}`;
+/** Runs the command line if this file is what was started, and not part of something else. */
+async function start(): Promise<void> {
+  const { url, main: isMain } = import.meta;
+  const script = String(process.argv[1]);
+  if (!url || !/[\\/]aembit-auth[^\\/]*$/.test(script)) return;
+  // In a bundle `main` is true for the whole program, whose name is another. Node before 24 does
+  // not say, and the link in node_modules/.bin has another path than the file.
+  if (!isMain) {
+    const { realpath } = await import("node:fs/promises");
+    const real = (name: string | URL): Promise<unknown> => realpath(name).catch(() => name);
+    if (await real(script) !== await real(new URL(url))) return;
+  }
+  await main(process.argv.slice(2));
 }
 
-/** Whether this file is what was started, and not part of something else that was. */
-async function isEntry(): Promise<boolean> {
-  const [url, script] = [String(import.meta.url), String(process.argv[1])];
-  const own = /[\\/]aembit-auth[^\\/]*$/;
-  // In a bundle, `import.meta.main` is true for the whole program, whose name is another.
-  return own.test(url) && (import.meta.main || (own.test(script) && isSameFile(script, url)));
-}
-
-/** Node before 24 does not say. The link in node_modules/.bin has another path than the file. */
-async function isSameFile(path: string, url: string): Promise<boolean> {
-  const { realpath } = await import("node:fs/promises");
-  const real = (name: string | URL): Promise<unknown> => realpath(name).catch(() => name);
-  return await real(path) === await real(new URL(url));
-}
-
-void isEntry().then(async (entry) => {
-  if (entry) process.exitCode = await main(process.argv.slice(2));
-});
+void start();
