@@ -691,11 +691,13 @@ function toFlag(option: string): string {
 }
 
 /** Checked without waiting: an aborted caller is told so even where a token is at hand. */
-function readCallOptions(options: TokenOptions = {}, client?: AembitAuthOptions): TokenOptions {
-  readTable(options);
-  options.signal?.throwIfAborted();
+function readCallOptions(options?: TokenOptions, client?: AembitAuthOptions): TokenOptions {
+  const checked = options ?? {};
+  // Most calls have none, and are answered from memory within a microsecond.
+  if (options !== undefined) readTable(options);
+  checked.signal?.throwIfAborted();
   if (client?.signal?.aborted) throw client.signal.reason;
-  return options;
+  return checked;
 }
 
 function originOfClientId(clientId: string): string {
