@@ -595,6 +595,11 @@ describe("Configuration", () => {
       });
     }
   }
+  test("options may stand among the settings of another program", async () => {
+    const settings = { version: "2.1", host: "https://x", port: "80", json: 1, verbose: 3 };
+    const options = { env: cloud.env.ec2(), fetch: cloud.fetch, ...settings };
+    assert.equal(await resolveRegion(options), cloud.region);
+  });
   for (const options of [null, 5, "x", []]) {
     test(`options are refused before any packet: ${JSON.stringify(options)}`, async () => {
       for (const api of [authenticate, createAuthRequest, loadAwsCredentials, resolveRegion]) {
@@ -5053,7 +5058,6 @@ describe("a client that is left running", () => {
     }
 
     const BAD_OPTIONS: readonly (readonly [name: string, options: unknown])[] = [
-      ["null", null],
       ["a string", "x"],
       ["a signal that is none", { signal: {} }],
     ];
@@ -5672,6 +5676,7 @@ describe("The command line", () => {
       ["the flag --constructor", ["--constructor"], FLAGS],
       ["the flag --__proto__ with a value", ["--__proto__=1"], FLAGS],
       ["the flag --hasOwnProperty", ["token", "--hasOwnProperty"], FLAGS],
+      ["an unknown flag is named", ["--clientid", SECRET], ["'--clientid'"]],
       ["a flag in another case", ["--JSON"], FLAGS],
       ["a flag by its option's name", ["--clientId", SECRET], FLAGS],
       ["a flag with one dash", ["token", "-h"], FLAGS],

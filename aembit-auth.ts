@@ -584,14 +584,15 @@ const ECS_MODES = "auto|require|omit";
 /** How the command prints a credential: the shells quote, the last is for the AWS SDKs. */
 const FORMATS = "json|sh-export|sh-env|powershell-env|aws-credential-process";
 
-/** What an option must be, how that is told, and the variables that stand in for it. */
-type OptionRow = readonly [check: (value: unknown) => boolean, rule: string, ...string[]];
+/** What a value must be, how that is told, and the variables that stand in for it. */
+type Rows = Readonly<Record<string, readonly [
+  check: (value: unknown) => boolean,
+  rule: string,
+  ...variables: string[],
+]>>;
 
-/**
- * Every option but `credentials`, which is a source, and what single calls are asked for. The
- * first eleven are flags as they stand.
- */
-const OPTIONS: Readonly<Record<string, OptionRow>> = {
+/** The options that are flags as well; `credentials` is none, but a source. */
+const OPTIONS: Rows = {
   clientId: [isClientId, CLIENT_ID_FORM, "AEMBIT_CLIENT_ID"],
   edgeUrl: [isEdgeUrl, "https://{host}", "AEMBIT_EDGE_BASE_URL"],
   resourceSetId: [isText, TEXT, "AEMBIT_RESOURCE_SET_ID"],
@@ -600,24 +601,36 @@ const OPTIONS: Readonly<Record<string, OptionRow>> = {
   lambdaArn: [isLambdaArn, "a function's ARN"],
   source: [isOneOf(SOURCES), SOURCES],
   ecsMetadata: [isOneOf(ECS_MODES), ECS_MODES],
-  host: [matches(/^[\w.:[\]-]+$/), "a host"],
-  port: [(v) => isWithin(v, 65_535) && Number.isInteger(v), "1 to 65535"],
-  credentialType: [isText, "a word"],
-  outputFormat: [isOneOf(FORMATS), FORMATS],
   timeoutMs: [(v) => isWithin(v, MAX_TIMEOUT_MS), "ms up to 24 days (flag: seconds)"],
   instanceIdentity: [isBoolean, "a boolean"],
-  json: [isBoolean, "a boolean"],
-  verbose: [isBoolean, "a boolean"],
-  help: [isBoolean, "a boolean"],
-  version: [isBoolean, "a boolean"],
-  connectionMetadata: [(v) => isRecord(v) && Object.values(v).every(isString), "text"],
-  forceRefresh: [isBoolean, "a boolean"],
-  maxAttempts: [(v) => isWithin(v, 100) && Number.isInteger(v), "1 to 100"],
+};
+
+/** What only a program can give, to a client or to one call. */
+const SETTINGS: Rows = {
   signal: [(v) => v instanceof AbortSignal, "an AbortSignal"],
   fetch: [isFunction, "a function"],
   env: [isRecord, "an object"],
   now: [isFunction, "a function"],
   logger: [(v) => isRecord(v) && isFunction(v["debug"]) && isFunction(v["warn"]), "a logger"],
+  forceRefresh: [isBoolean, "a boolean"],
+  maxAttempts: [(v) => isWithin(v, 100) && Number.isInteger(v), "1 to 100"],
+  connectionMetadata: [(v) => isRecord(v) && Object.values(v).every(isString), "text"],
+};
+
+/** The Server Workload whose credential is wanted. */
+const REQUEST: Rows = {
+  host: [matches(/^[\w.:[\]-]+$/), "a host"],
+  port: [(v) => isWithin(v, 65_535) && Number.isInteger(v), "1 to 65535"],
+  credentialType: [isText, "a word"],
+};
+
+/** What only the command line can give. */
+const SWITCHES: Rows = {
+  outputFormat: [isOneOf(FORMATS), FORMATS],
+  json: [isBoolean, "a boolean"],
+  verbose: [isBoolean, "a boolean"],
+  help: [isBoolean, "a boolean"],
+  version: [isBoolean, "a boolean"],
 };
 
 /** Options and environment after checking: what the rest of the file works with. */
@@ -648,7 +661,7 @@ function readOptions(options: AembitAuthOptions = {}): Config {
     const value = String((options.env ?? process.env)[name] ?? "");
     return (raw ? value : value.trim()) || undefined;
   };
-  const set = readTable(options, env);
+  const set = readTable({ ...OPTIONS, ...SETTINGS }, options, env);
   return {
     source: "auto",
     ecsMetadata: "auto",
@@ -664,10 +677,10 @@ function readOptions(options: AembitAuthOptions = {}): Config {
 }
 
 /** What is set, checked. Without an environment, only what was given counts. */
-function readTable(given: unknown, env?: Config["env"]): Record<string, unknown> {
+function readTable(rows: Rows, given: unknown, env?: Config["env"]): Record<string, unknown> {
   assertConfig(isRecord(given), "options must be an object");
   const set: Record<string, unknown> = {};
-  for (const [name, [isRight, rule, ...names]] of Object.entries(OPTIONS)) {
+  for (const [name, [isRight, rule, ...names]] of Object.entries(rows)) {
     const variable = given[name] === undefined && names.find((candidate) => env?.(candidate));
     const found = variable ? env?.(variable) : given[name];
     if (found === undefined) continue;
@@ -692,12 +705,11 @@ function toFlag(option: string): string {
 
 /** Checked without waiting: an aborted caller is told so even where a token is at hand. */
 function readCallOptions(options?: TokenOptions, client?: AembitAuthOptions): TokenOptions {
-  const checked = options ?? {};
   // Most calls have none, and are answered from memory within a microsecond.
-  if (options !== undefined) readTable(options);
-  checked.signal?.throwIfAborted();
+  if (options) readTable(SETTINGS, options);
+  options?.signal?.throwIfAborted();
   if (client?.signal?.aborted) throw client.signal.reason;
-  return checked;
+  return options ?? {};
 }
 
 function originOfClientId(clientId: string): string {
@@ -988,7 +1000,7 @@ async function loadFromImds(call: Call): Promise<AwsCredentials> {
 async function fetchImdsRole(call: Call): Promise<string> {
   const reply = await imdsGet(call, "role", IMDS_ROLES);
   if (reply.status === 404 || expectOk(reply).bytes?.length === 0) {
-    throw failure(reply, noCredentials(call), "the instance has no role");
+    throw failure(reply, noCredentials(call), "give the instance a role");
   }
   const role = reply.text.split("\n", 1).join("").trim();
   if (IMDS_ROLE.test(role)) return role;
@@ -1027,12 +1039,12 @@ function imdsEndpoint({ env }: Call): string {
 }
 
 /** The session token of IMDSv2, fetched once for all readers. There is no way back to IMDSv1. */
-function imdsToken(call: Call): Promise<string> {
+async function imdsToken(call: Call): Promise<string> {
   const kept = call.memory.token;
   // By a clock that was set back, or on its way, it may have ended all the same: a 401 will say so.
   if (kept && clock(call) < kept.endsMs) {
     keepSecret(call, kept.value);
-    return Promise.resolve(kept.value);
+    return kept.value;
   }
   return call.once.token ??= fetchImdsToken(call);
 }
@@ -1476,9 +1488,9 @@ function parseToken(reply: Reply): AembitToken {
 
 /** The caller's part of the body: checked like options, before the first packet. */
 function toCredentialsBody(request: AembitCredentialsRequest): object {
-  const set = readTable(request);
+  const set = readTable({ ...REQUEST, ...SETTINGS }, request);
   const { host, port, credentialType, connectionMetadata } = set;
-  for (const name of ["host", "port", "credentialType"]) {
+  for (const name of Object.keys(REQUEST)) {
     assertConfig(set[name], `${nameOf(name)} must be set`);
   }
   const server = { transportProtocol: "TCP", host, port };
@@ -1742,7 +1754,7 @@ async function runCall<T>(
     skewMs: memory.skewMs,
   };
   const timer = setTimeout(() => {
-    const reasons = [`no result within ${timeoutMs} ms, ${nameOf("timeoutMs")}`, ...memory.steps];
+    const reasons = [`no answer within ${timeoutMs} ms, ${nameOf("timeoutMs")}`, ...memory.steps];
     controller.abort(new AembitAuthError("timeout", reasons.join("; ")));
   }, timeoutMs);
   try {
@@ -1967,8 +1979,8 @@ function isCode(error: unknown, code: AembitAuthErrorCode): error is AembitAuthE
 
 /** Every flag as the parser of Node wants it, and what it must be. */
 const FLAGS = Object.fromEntries(
-  Object.entries(OPTIONS).slice(0, 18).map(([name, [isRight, rule]]) =>
-    [toFlag(name), { type: isRight === isBoolean ? "boolean" : "string", rule } as const]));
+  Object.entries({ ...OPTIONS, ...REQUEST, ...SWITCHES }).map(([name, [isRight, rule]]) =>
+    [toFlag(name), { type: isRight === isBoolean ? "boolean" : "string", rule, name } as const]));
 
 /** The options that are numbers, and how many of theirs make one of the flag's. */
 const FACTORS: Readonly<Record<string, number>> = { timeoutMs: 1000, port: 1 };
@@ -2021,6 +2033,7 @@ async function main(args: string[]): Promise<void> {
     const debug = (line: string): unknown => flags.verbose && tell(`aembit-auth: ${line}`);
     const warn = (line: string): void => tell(`aembit-auth: warning: ${line}`);
     const options = { ...flags, signal, logger: { debug, warn } };
+    readTable(SWITCHES, options);
     if (flags.version) print(VERSION);
     else if (flags.help) print(usage());
     else await COMMANDS[command]?.[1](options);
@@ -2059,8 +2072,8 @@ async function parseArguments(args: string[]): Promise<{ command: string; flags:
 
 /** The options that flags set. */
 function toOptions(flags: Readonly<Record<string, unknown>>): FlagOptions {
-  return Object.fromEntries(Object.keys(OPTIONS).map((name): unknown[] => {
-    const value = flags[toFlag(name)];
+  return Object.fromEntries(Object.entries(FLAGS).map(([flag, { name }]): unknown[] => {
+    const value = flags[flag];
     const factor = FACTORS[name];
     return [name, factor && value !== undefined ? Number(value) * factor : value];
   }));
@@ -2068,12 +2081,12 @@ function toOptions(flags: Readonly<Record<string, unknown>>): FlagOptions {
 
 /** From the same tables that are obeyed, so that help cannot fall behind. */
 function usage(): string {
-  const rows = [
-    ...Object.entries(COMMANDS).map(([name, [help]]) => [name, help] as const),
-    ...Object.entries(FLAGS).map(([name, { rule }]) => [`--${name}`, rule] as const),
-  ];
-  const lines = rows.map(([name, help]) => `  ${name.padEnd(24)} ${help}`);
-  return ["aembit-auth [command] [flags]", ...lines].join("\n");
+  const row = (name: string, help: string): string => `  ${name.padEnd(24)} ${help}`;
+  return [
+    "aembit-auth [command] [flags]",
+    ...Object.entries(COMMANDS).map(([name, [help]]) => row(name, help)),
+    ...Object.entries(FLAGS).map(([name, { rule }]) => row(`--${name}`, rule)),
+  ].join("\n");
 }
 
 /** What cannot work is refused before Aembit is asked. */
