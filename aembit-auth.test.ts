@@ -1636,6 +1636,8 @@ describe("AWS credentials, region and metadata", () => {
       ["an expiration that is a text", { ...keys, expiration: expiration.toISOString() }],
       ["an expiration that is a number", { ...keys, expiration: expiration.getTime() }],
       ["an expiration that is no date", { ...keys, expiration: new Date(NaN) }],
+      ["an expiration that is empty", { ...keys, expiration: "" }],
+      ["an expiration that is no number", { ...keys, expiration: NaN }],
     ];
     const expired = { ...keys, expiration: new Date(Date.now() - 1000) };
     type Code = "invalid_config" | "invalid_aws_credentials";
@@ -3562,6 +3564,7 @@ describe("the exchange", () => {
     const WAYS: readonly Way[] = [
       { name: "NODE_USE_ENV_PROXY=1", env: { NODE_USE_ENV_PROXY: "1" } },
       { name: "--use-env-proxy", args: ["--use-env-proxy"] },
+      { name: "--use_env_proxy", args: ["--use_env_proxy"] },
       { name: "NODE_OPTIONS", env: { NODE_OPTIONS: "--use-env-proxy" } },
       { name: "http_proxy", env: { NODE_USE_ENV_PROXY: "1" }, variable: "http_proxy" },
     ];
@@ -4259,7 +4262,7 @@ describe("a client that is left running", () => {
       });
     }
 
-    for (const seconds of ["3153600000", "1e14", "1e300"]) {
+    for (const seconds of ["3153600000", "1e14", "1e300", "1e307"]) {
       test(`a token of ${seconds} s is served without renewal`, async () => {
         const body = `{"accessToken":"fake-token","expiresIn":${seconds}}`;
         cloud.edge.respond(AUTH, () => json(body));
@@ -6902,6 +6905,78 @@ describe("corners", () => {
     assert.equal((await client.getToken()).accessToken, forced.accessToken);
   });
 
+  it("a token is kept though a forced exchange that began later has failed", async () => {
+    const released = Promise.withResolvers<void>();
+    const arrived = Promise.withResolvers<void>();
+    cloud.edge.respond("/edge/v1/auth", async () => {
+      arrived.resolve();
+      await released.promise;
+      return { body: '{"accessToken":"slow","expiresIn":3600}' };
+    }, 1);
+    const client = new AembitAuth({ env: cloud.env.ecs(), fetch: cloud.fetch });
+    const slow = client.getToken();
+    await arrived.promise;
+    cloud.edge.fail("/edge/v1/auth", { status: 400 }, 1);
+    await failure(client.getToken({ forceRefresh: true }), "edge_rejected");
+    released.resolve();
+    await slow;
+    assert.equal((await client.getToken()).accessToken, "slow");
+    assert.equal(cloud.edge.requests.length, 2);
+  });
+
+  it("a time-out names the step, though another call has done with the same step", async () => {
+    const client = new AembitAuth({ env: cloud.env.ecs(), fetch: cloud.fetch, timeoutMs: 1500 });
+    await client.getToken();
+    cloud.edge.fail("/edge/v1/credentials", "hang", 1);
+    const request = { host: "api.example.com", port: 443, credentialType: "ApiKey" };
+    const hangs = failure(client.getCredentials(request), "timeout");
+    await client.getCredentials(request);
+    assert.match((await hangs).message, /waiting for Aembit: POST \S+\/edge\/v1\/credentials/);
+  });
+
+  it("fields that are none of a request's business do not make it fail", async () => {
+    const client = new AembitAuth({ env: cloud.env.ecs(), fetch: cloud.fetch });
+    const more = { region: "EU", version: "16", source: "crm", timeoutMs: "none", json: 1 };
+    const request = { host: "api.example.com", port: 443, credentialType: "ApiKey", ...more };
+    assert.equal((await client.getCredentials(request)).credentialType, "ApiKey");
+  });
+
+  it("an output format is taken without the white space around it", async () => {
+    const flags = ["--server-workload-host", "api.example.com", "--server-workload-port", "443"];
+    const args = ["credentials", ...flags, "--credential-type", "ApiKey", "--output-format"];
+    const env = cloud.env.ecs();
+    const { stdout } = await runCommand([...args, "sh-export "], { env });
+    assert.match(stdout, /^export API_KEY='/);
+    const refused = await runCommand([...args, " aws-credential-process"], { env });
+    assert.deepEqual([refused.status, refused.stdout], [2, ""]);
+  });
+
+  it("doctor fails at the source that was named and is not there", async () => {
+    const { status, stdout } = await runCommand(["doctor", "--source", "env"], {
+      env: cloud.env.ecs(),
+    });
+    assert.equal(status, 3);
+    assert.match(stdout, /^FAIL env: no_aws_credentials: .*AWS_ACCESS_KEY_ID.* not set$/m);
+    assert.match(stdout, /^- +region: not asked$/m);
+    assert.deepEqual(cloud.requests(), []);
+  });
+
+  it("doctor fails at the exchange, and not at the clock, when Aembit does not answer", async () => {
+    cloud.edge.fail("/edge/v1/auth", "hang", 9);
+    const args = ["doctor", "--timeout", "0.7"];
+    const { status, stdout } = await runCommand(args, { env: cloud.env.ecs() });
+    assert.equal(status, 5);
+    assert.match(stdout, /^FAIL exchange: timeout: .*waiting for Aembit/m);
+    assert.match(stdout, /^- +clock: not asked$/m);
+  });
+
+  it("doctor shows the clock also when Aembit refuses", async () => {
+    cloud.edge.fail("/edge/v1/auth", { status: 400 }, 9);
+    const { stdout } = await runCommand(["doctor"], { env: cloud.env.ecs() });
+    assert.match(stdout, /^FAIL exchange: edge_rejected/m);
+    assert.match(stdout, /^ok +clock: off by -?[01] s$/m);
+  });
+
   it("a correction that the login has taught is used for the credential at once", async () => {
     const now = (): number => Date.now() - 3_600_000;
     const client = new AembitAuth({ env: cloud.env.ecs(), fetch: cloud.fetch, now });
@@ -6967,7 +7042,7 @@ describe("corners", () => {
     const env = cloud.env.ecs();
     const auto = await runCommand(["doctor"], { env });
     assert.equal(auto.status, 0, auto.stdout);
-    assert.match(auto.stdout, /^ok +ECS metadata: none$/m);
+    assert.match(auto.stdout, /^ok +ECS metadata: none sent$/m);
     assert.match(auto.stderr, /warning: .*ECS .* metadata: .*answered 403/);
     const required = await runCommand(["doctor", "--ecs-metadata", "require"], { env });
     assert.equal(required.status, 3);

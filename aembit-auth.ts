@@ -405,7 +405,7 @@ async function gatherEvidence(call: Call): Promise<Evidence> {
     } catch (error) {
       signal.throwIfAborted();
       if (!evidence || lifeLeftMs <= 0) throw error;
-      call.logger.warn("going on with the old AWS credentials");
+      call.logger.warn("going on with the old credentials");
     }
   }
   const { secretAccessKey, sessionToken } = evidence.credentials;
@@ -486,7 +486,7 @@ export class AembitAuth {
       const leftMs = this.#endsMs - this.#nowMs();
       // With more than a life left the clock was set back, and the end cannot be told any more.
       if (leftMs > Math.min(USABLE_MS, lifeMs * USABLE_SHARE) && leftMs <= lifeMs + USABLE_MS) {
-        if (leftMs <= lifeMs * this.#renewShare) this.#renewBehind();
+        if (leftMs < lifeMs * this.#renewShare) this.#renewBehind();
         return token;
       }
     }
@@ -542,7 +542,7 @@ export class AembitAuth {
     const started: Shared<AembitToken> = new Shared(async (signal) => {
       const token = await runCall(this.#options, this.#memory, exchange, signal);
       // One that began earlier and took longer must not undo a forced one.
-      if (this.#running === started) {
+      if (this.#running === started || !this.#token) {
         this.#token = token;
         this.#endsMs = this.#nowMs() + token.expiresIn * 1000;
       }
@@ -601,7 +601,7 @@ const OPTIONS: Rows = {
   lambdaArn: [isLambdaArn, "a function's ARN"],
   source: [isOneOf(SOURCES), SOURCES],
   ecsMetadata: [isOneOf(ECS_MODES), ECS_MODES],
-  timeoutMs: [(v) => isWithin(v, MAX_TIMEOUT_MS), "ms up to 24 days (flag: seconds)"],
+  timeoutMs: [(v) => isWithin(v, MAX_TIMEOUT_MS), "up to 24 days (flag: seconds)"],
   instanceIdentity: [isBoolean, "a boolean"],
 };
 
@@ -780,7 +780,7 @@ function findCredentials(call: Call): Promise<AwsCredentials> {
   for (const [name, load, ...variables] of SOURCE_TABLE) {
     if (source !== "auto" && source !== name) continue;
     if (variables.length === 0 || variables.some((variable) => env(variable))) {
-      call.logger.debug(`AWS credentials from ${name}`);
+      call.logger.debug(`credentials: ${name}`);
       return load(call).catch((error: unknown) => {
         // Off AWS, IMDS says what it was, and the others why they were not asked.
         if (!isCode(error, "no_aws_credentials")) throw error;
@@ -798,7 +798,7 @@ function loadFromEnvironment(call: Call): Promise<AwsCredentials> {
   const accessKeyId = call.env(KEY_ID);
   const secretAccessKey = call.env(SECRET_KEY);
   const pair = accessKeyId && secretAccessKey;
-  assertConfig(pair, `${KEY_ID} and ${SECRET_KEY} must be set together`);
+  assertConfig(pair, `${KEY_ID} and ${SECRET_KEY} must be set`);
   const fields = { accessKeyId, secretAccessKey, sessionToken: call.env("AWS_SESSION_TOKEN") };
   return Promise.resolve(checkGiven(call, fields, KEY_ID));
 }
@@ -848,9 +848,9 @@ function checkCredentials(
   const accessKeyId = text("accessKeyId");
   const secretAccessKey = text("secretAccessKey");
   const sessionToken = fields["sessionToken"] ? text("sessionToken") : undefined;
-  const given = fields["expiration"];
+  const given = fields["expiration"] ?? undefined;
   const expiration = isDate(given) ? given : undefined;
-  if (given && !expiration) throw complain("expiration must be a date");
+  if (given !== undefined && !expiration) throw complain("expiration must be a date");
   if (expiration && expiration.getTime() <= nowMs) throw complain("expired", true);
   return conceal({
     accessKeyId,
@@ -978,7 +978,7 @@ const IMDS_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
 const IMDS_TTL = "X-aws-ec2-metadata-token-ttl-seconds";
 /** Off AWS nobody answers: two tries of a second each, and the error is there within three. */
 const IMDS_SEARCH_MS = 2_300;
-const IMDS_ROLES = "/latest/meta-data/iam/security-credentials/";
+const IMDS_ROLES = "/meta-data/iam/security-credentials/";
 const IMDS_ROLE = /^(?!\.+$)[\w+=,.@-]{1,64}$/;
 
 /** Only `true` disables it, as in botocore and the Go SDK. */
@@ -1035,7 +1035,7 @@ function imdsEndpoint({ env }: Call): string {
   const mode = env(`${IMDS_ENDPOINT}_MODE`) ?? "IPv4";
   const url = parseHttpUrl(env(IMDS_ENDPOINT) ?? IMDS_ENDPOINTS[mode.toLowerCase()]);
   assertConfig(url, `${IMDS_ENDPOINT} must be a URL, or ${IMDS_ENDPOINT}_MODE IPv4 or IPv6`);
-  return trimUrl(url.href);
+  return `${trimUrl(url.href)}/latest`;
 }
 
 /** The session token of IMDSv2, fetched once for all readers. There is no way back to IMDSv1. */
@@ -1053,13 +1053,13 @@ async function fetchImdsToken(call: Call): Promise<string> {
   const reply = await sendMetadata(call, {
     name: "IMDS token",
     method: "PUT",
-    url: `${imdsEndpoint(call)}/latest/api/token`,
+    url: `${imdsEndpoint(call)}/api/token`,
     headers: { [IMDS_TTL]: "21600" },
     deadlineMs: performance.now() + (call.source === "auto" ? IMDS_SEARCH_MS : Infinity),
   });
   const { status, headers } = reply;
   if (status === 0 || isRejection(status)) {
-    const hint = "not on EC2, or a container whose hop limit is not 2";
+    const hint = "not on EC2, or a container's hop limit is not 2";
     throw failure(reply, noCredentials(call), hint);
   }
   const value = expectOk(reply).text.trim();
@@ -1134,7 +1134,7 @@ async function regionOfTask(call: Call): Promise<string | undefined> {
 /** `placement/region`, not the availability zone less a letter: Local Zones are named otherwise. */
 async function regionOfInstance(call: Call): Promise<string | undefined> {
   if (imdsDisabled(call)) return undefined;
-  const reply = await imdsGet(call, "region", "/latest/meta-data/placement/region");
+  const reply = await imdsGet(call, "region", "/meta-data/placement/region");
   return expectOk(reply).bytes && parseRegion(reply.text, "IMDS region");
 }
 
@@ -1188,7 +1188,7 @@ interface InstanceIdentity {
 async function fetchInstanceIdentity(call: Call): Promise<InstanceIdentity> {
   assertConfig(!imdsDisabled(call), `instanceIdentity: ${NO_IMDS} is true`);
   const read = (name: string): Promise<Reply> =>
-    imdsGet(call, `instance identity ${name}`, `/latest/dynamic/instance-identity/${name}`);
+    imdsGet(call, `instance identity ${name}`, `/dynamic/instance-identity/${name}`);
   const [document, signature] = await Promise.all([read("document"), read("signature")]);
   const oneLine = expectOk(signature).text.replace(/\s+/g, "");
   if (!/^[\w+/=]+$/.test(oneLine)) {
@@ -1323,7 +1323,7 @@ function canonicalHeaders(
   assertConfig(isFunction(given?.[Symbol.iterator]), "headers must be visible ASCII");
   for (const [name, value] of given) {
     const key = String(name).toLowerCase();
-    const clean = String(value).replace(/[\t\n\r ]+/g, " ").trim();
+    const clean = String(value).replace(/[\t\n\r ]+/g, " ").replace(/^ | $/g, "");
     const right = isString(value) && /^[\w.-]+$/.test(key) && /^[\x20-\x7e]*$/.test(clean);
     assertConfig(right, "headers must be visible ASCII");
     const before = headers.get(key);
@@ -1649,7 +1649,7 @@ function assertDirect({ protocol, hostname, origin }: URL): void {
   const { env, versions: { bun, deno }, execArgv } = process;
   // Bun and Deno do so unasked; Node has it from 22.21 and 24.5, and only when asked.
   const asked = env["NODE_USE_ENV_PROXY"] === "1"
-    || `${execArgv} ${env["NODE_OPTIONS"]}`.includes("--use-env-proxy");
+    || /--use.env.proxy/.test(`${execArgv} ${env["NODE_OPTIONS"]}`);
   if (!bun && !deno && !asked) return;
   // Without a proxy of its own, https goes through that of http.
   const variable = protocol === "https:" ? /^(https?|all)_proxy$/i : /^(http|all)_proxy$/i;
@@ -1708,12 +1708,12 @@ interface Memory {
   /** The same as last seen, for the doctor. */
   seenSkewMs?: number;
   /** What is being waited for, for the message when time runs out. */
-  readonly steps: Set<string>;
+  readonly steps: string[];
 }
 
 /** A call of its own starts from nothing; a client keeps one for its life. */
 function newMemory(): Memory {
-  return { skewMs: 0, steps: new Set() };
+  return { skewMs: 0, steps: [] };
 }
 
 /** One call under way: its configuration, its end, and what it has learnt. */
@@ -1813,8 +1813,9 @@ function untilAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Pro
 
 /** Work and what it is, for the message when time runs out before it is done. */
 function during<T>({ memory, signal }: Call, step: string, work: Promise<T>): Promise<T> {
-  memory.steps.add(step);
-  return untilAborted(work, signal).finally(() => memory.steps.delete(step));
+  const { steps } = memory;
+  steps.push(step);
+  return untilAborted(work, signal).finally(() => steps.splice(steps.indexOf(step), 1));
 }
 
 /** The time, corrected by what Aembit's clock has taught us. */
@@ -1844,13 +1845,14 @@ function keepSecret(call: Call, ...secrets: readonly unknown[]): void {
  * every unbroken run of 40 or more characters of which keys, tokens and signatures are made.
  */
 function shown(call: Call, text: string): string {
-  let line = text.replace(/[\p{C}\p{Z}]+/gu, " ").replace(/[\w+/=.~%-]{40,}/g, "[cut]");
+  // What is not shown anyway is not worked on: a megabyte of hostile text would take seconds.
+  let line = text.slice(0, 9999).replace(/[\p{C}\p{Z}]+/gu, " ")
+    .replace(/[\w+/=.~%-]{40,}/g, "[cut]");
   // The longest first: a word of one secret may be the beginning of another.
   for (const secret of [...call.secrets].sort((left, right) => right.length - left.length)) {
     line = line.replaceAll(secret, "[cut]");
   }
-  const clean = [...line.trim()];
-  return clean.length > MAX_SHOWN ? `${clean.slice(0, MAX_SHOWN - 1).join("")}…` : clean.join("");
+  return [...line.trim()].slice(0, MAX_SHOWN).join("");
 }
 
 /** What a service says of its refusal: Aembit and AWS in JSON or XML, the agents in plain text. */
@@ -2033,7 +2035,6 @@ async function main(args: string[]): Promise<void> {
     const debug = (line: string): unknown => flags.verbose && tell(`aembit-auth: ${line}`);
     const warn = (line: string): void => tell(`aembit-auth: warning: ${line}`);
     const options = { ...flags, signal, logger: { debug, warn } };
-    readTable(SWITCHES, options);
     if (flags.version) print(VERSION);
     else if (flags.help) print(usage());
     else await COMMANDS[command]?.[1](options);
@@ -2091,10 +2092,11 @@ function usage(): string {
 
 /** What cannot work is refused before Aembit is asked. */
 async function printCredentials(options: FlagOptions): Promise<void> {
-  const { outputFormat = "json", credentialType } = options;
-  const fits = outputFormat !== "aws-credential-process" || credentialType === "AwsStsFederation";
-  assertConfig(fits, `${outputFormat} needs --credential-type AwsStsFederation`);
-  print(render(await new AembitAuth(options).getCredentials(options), outputFormat));
+  const { outputFormat = "json" } = readTable(SWITCHES, options);
+  const format = String(outputFormat);
+  const fits = format !== "aws-credential-process" || options.credentialType === "AwsStsFederation";
+  assertConfig(fits, `${format} needs --credential-type AwsStsFederation`);
+  print(render(await new AembitAuth(options).getCredentials(options), format));
 }
 
 /** How a shell assigns a variable, and what stands for a quote within single quotes. */
@@ -2113,7 +2115,7 @@ function render(credential: AembitCredentials, format: string): string {
   const fields: [string, unknown][] = [];
   for (const name in data) fields.push([name, data[name]]);
   if (format === "json") return JSON.stringify({ ...credential, data: Object.fromEntries(fields) });
-  const misfit = new AembitAuthError("invalid_edge_response", `the data does not fit ${format}`);
+  const misfit = new AembitAuthError("invalid_edge_response", `data that does not fit ${format}`);
   const shell = SHELLS[format];
   if (!shell) {
     // https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html
@@ -2146,15 +2148,19 @@ async function examine(options: AembitAuthOptions): Promise<void> {
   const memory = newMemory();
   let failed: AembitAuthError | undefined;
   let settled = false;
-  const check = async (name: string, work: (call: Call) => unknown): Promise<void> => {
+  /** One line. An optional source may have none: the last to be asked has to. */
+  const check = async (
+    name: string,
+    work: (call: Call) => unknown,
+    optional?: boolean,
+  ): Promise<void> => {
     let line = `-    ${name}: not asked`;
     try {
       const found = !failed && await runCall(options, memory, async (call) => work(call));
       if (found) line = `ok   ${name}: ${found}`;
     } catch (error) {
       if (!(error instanceof AembitAuthError)) throw error;
-      // A source that has none is no failure; if no other has any, the exchange will say so.
-      const absent = error.code === "no_aws_credentials" && name !== "exchange";
+      const absent = optional && error.code === "no_aws_credentials";
       line = absent ? `-    ${error.message}` : `FAIL ${name}: ${error.code}: ${error.message}`;
       if (!absent) failed = error;
     }
@@ -2168,29 +2174,27 @@ async function examine(options: AembitAuthOptions): Promise<void> {
       const { accessKeyId, expiration } = await findCredentials({ ...call, source: name });
       settled = true;
       return `${accessKeyId} ${expiration?.toJSON() ?? ""}`;
-    });
+    }, name !== "imds" && name !== options.source);
   }
   await check("region", findRegion);
-  await check("ECS metadata", async (call) => (await findEcsMetadata(call)).ecs ? "read" : "none");
-  let token: Promise<AembitToken> | undefined;
-  await check("clock", async (call) => {
-    token = exchange(call);
-    // Aembit's clock is learnt from any answer, and a wrong one here may be why it refused.
-    await token.catch(() => {});
-    return memory.seenSkewMs !== undefined && offBy(memory.seenSkewMs);
-  });
-  await check("exchange", async () => token && `a token for ${(await token).expiresIn} s`);
+  await check("ECS metadata", async (call) =>
+    (await findEcsMetadata(call)).ecs ? "read" : "none sent");
+  await check("exchange", async (call) => `a token for ${(await exchange(call)).expiresIn} s`);
+  // Learnt from any answer of Aembit; a wrong clock here may be why it refused.
+  const { seenSkewMs } = memory;
+  print(seenSkewMs === undefined ? "-    clock: not asked" : `ok   clock: ${offBy(seenSkewMs)}`);
   if (failed) throw failed;
 }
 
 /** Runs the command line if this file is what was started, and not part of something else. */
 async function start(): Promise<void> {
-  const { url, main: isMain } = import.meta;
+  // Not taken apart: bundlers know these two by their whole names.
+  const url = import.meta.url;
   const script = String(process.argv[1]);
   if (!url || !/[\\/]aembit-auth[^\\/]*$/.test(script)) return;
-  // In a bundle `main` is true for the whole program, whose name is another. Node before 24 does
-  // not say, and the link in node_modules/.bin has another path than the file.
-  if (!isMain) {
+  // In a bundle `import.meta.main` is true for the whole program, whose name is another. Node
+  // before 24 does not say, and the link in node_modules/.bin has another path than the file.
+  if (!import.meta.main) {
     const { realpath } = await import("node:fs/promises");
     const real = (name: string | URL): Promise<unknown> => realpath(name).catch(() => name);
     if (await real(script) !== await real(new URL(url))) return;
