@@ -6905,6 +6905,11 @@ describe("corners", () => {
     assert.equal((await client.getToken()).accessToken, forced.accessToken);
   });
 
+  it("a complaint names no flag where there is none", async () => {
+    const { message } = await failure(resolveRegion({ maxAttempts: 0 }), "invalid_config");
+    assert.match(message, /^maxAttempts must be /);
+  });
+
   it("a token is kept though a forced exchange that began later has failed", async () => {
     const released = Promise.withResolvers<void>();
     const arrived = Promise.withResolvers<void>();

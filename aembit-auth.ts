@@ -117,7 +117,11 @@ export interface AwsCredentials {
 /** A function that returns credentials, such as `fromNodeProviderChain()`. */
 export type AwsCredentialsProvider = () => AwsCredentials | Promise<AwsCredentials>;
 
-/** A bearer token of Aembit. */
+/**
+ * A bearer token of Aembit.
+ *
+ * @see https://docs.aembit.io/api-guide/edge/endpoints/auth
+ */
 export interface AembitToken {
   /** Hidden from printing and JSON. */
   readonly accessToken: string;
@@ -129,7 +133,9 @@ export interface AembitToken {
 
 /** Names the Server Workload whose credential is wanted. */
 export interface AembitCredentialsRequest {
+  /** Name or address, without a scheme: `db.example.com`. */
   readonly host: string;
+  /** 1 to 65535. */
   readonly port: number;
   readonly credentialType:
     | "ApiKey"
@@ -138,10 +144,15 @@ export interface AembitCredentialsRequest {
     | "GoogleWorkloadIdentityFederation"
     | "AwsStsFederation"
     | (string & {});
+  /** Passed on to Aembit as it is. */
   readonly connectionMetadata?: Readonly<Record<string, string>> | undefined;
 }
 
-/** The credential of a Server Workload. */
+/**
+ * The credential of a Server Workload, as its Credential Provider in Aembit issues it.
+ *
+ * @see https://docs.aembit.io/api-guide/edge/endpoints/credentials
+ */
 export interface AembitCredentials {
   readonly credentialType: string;
   /** `null`: the credential does not expire. */
@@ -206,7 +217,9 @@ export interface SignableRequest {
 export interface SigningContext {
   readonly credentials: AwsCredentials;
   readonly region: string;
+  /** As in the host name: `sts`, `s3`, `execute-api`. */
   readonly service: string;
+  /** Now, by a clock that is right to a few minutes. */
   readonly date: Date;
   /** Remove dot segments and doubled slashes. Default true; S3 wants false. */
   readonly normalizePath?: boolean | undefined;
@@ -216,7 +229,9 @@ export interface SigningContext {
 export interface SignedRequest {
   readonly canonicalRequest: string;
   readonly stringToSign: string;
+  /** 64 hexadecimal digits. */
   readonly signature: string;
+  /** The value of the `Authorization` header. */
   readonly authorization: string;
   /** To be added to the request. */
   readonly headers: SignedHeaders & Record<string, string>;
@@ -234,15 +249,25 @@ export interface SignedHeaders {
 
 /** Why a call failed. */
 export type AembitAuthErrorCode =
+  /** An option, a variable, a flag or a URL is missing or malformed. */
   | "invalid_config"
+  /** No source had any AWS credentials; the message lists each with its reason. */
   | "no_aws_credentials"
+  /** A source answered with something unusable or expired, or STS refused the web identity. */
   | "invalid_aws_credentials"
+  /** A source that is configured could not be reached, or kept failing. */
   | "metadata_unavailable"
+  /** No region in the options, the environment or the metadata. */
   | "no_region"
+  /** Aembit answered 4xx; `status` and Aembit's own words say which and why. */
   | "edge_rejected"
+  /** The login is good, but no Access Policy grants this credential. */
   | "no_matching_policy"
+  /** Aembit could not be reached, or answered 429 or 5xx to every attempt. */
   | "edge_unavailable"
+  /** What answered is not Aembit: no JSON, a redirect, an endless body. */
   | "invalid_edge_response"
+  /** `timeoutMs` passed; the message names what was being waited for. */
   | "timeout";
 
 /** The command's exit status for each code, what to do, and whether waiting may help. */
@@ -263,8 +288,11 @@ type ErrorRow = readonly [exit: number, hint?: string, retryable?: true];
 
 /** Facts that go with an {@link AembitAuthError}. */
 export interface AembitAuthErrorDetails {
+  /** HTTP status of the answer, if there was one. */
   readonly status?: number | undefined;
+  /** How often the request was sent. */
   readonly attempts?: number | undefined;
+  /** Default: as for the code in general. */
   readonly retryable?: boolean | undefined;
   readonly cause?: unknown;
 }
@@ -328,17 +356,33 @@ export function createAuthRequest(options?: AembitAuthOptions): Promise<AuthRequ
   });
 }
 
-/** Finds AWS credentials as {@link authenticate} would. Key and token are hidden in the result. */
+/**
+ * Finds AWS credentials as {@link authenticate} would, and asks Aembit nothing. Secret key and
+ * session token are hidden in the result.
+ *
+ * @throws {AembitAuthError} `no_aws_credentials` when no source is configured, else what the one
+ *   that is says: `invalid_aws_credentials`, `metadata_unavailable`
+ * @see https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html
+ */
 export function loadAwsCredentials(options?: AembitAuthOptions): Promise<AwsCredentials> {
   return runCall(options, newMemory(), findCredentials);
 }
 
-/** Finds the region as {@link authenticate} would. */
+/**
+ * Finds the region as {@link authenticate} would, such as `eu-west-1`.
+ *
+ * @throws {AembitAuthError} `no_region` when nothing names one, `invalid_config` for what is none
+ */
 export function resolveRegion(options?: AembitAuthOptions): Promise<string> {
   return runCall(options, newMemory(), findRegion);
 }
 
-/** Reads the container and task metadata of ECS. Off ECS it is `invalid_config`. */
+/**
+ * Reads the container and task metadata of ECS, each as base64 of the very bytes.
+ *
+ * @throws {AembitAuthError} `invalid_config` off ECS, `metadata_unavailable` when it can't be read
+ * @see https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-metadata-endpoint-v4.html
+ */
 export function readEcsMetadata(options?: AembitAuthOptions): Promise<EcsMetadata> {
   return runCall(options, newMemory(), fetchEcsMetadata);
 }
@@ -691,10 +735,11 @@ function readTable(rows: Rows, given: unknown, env?: Config["env"]): Record<stri
   return set;
 }
 
-/** `clientId (--client-id)`: as it is known in a program and on the command line. */
+/** `region (--region, AWS_REGION)`: as it is known in a program, a command line, an environment. */
 function nameOf(option: string): string {
   const { [option]: [, , ...variables] = [] } = OPTIONS;
-  return `${option} (${[`--${toFlag(option)}`, ...variables].join(", ")})`;
+  const others = [`--${toFlag(option)}`, ...variables].join(", ");
+  return option in SETTINGS ? option : `${option} (${others})`;
 }
 
 /** `timeoutMs` is `timeout`, in seconds, as a person would type it. */
@@ -925,7 +970,7 @@ async function fetchFromContainer(call: Call, url: string): Promise<AwsCredentia
     await sendMetadata(call, { name: "container credentials", url, headers }));
 }
 
-/** A pipe would never end and a directory never begin: only regular files of a sane size. */
+/** What the file system says of a file that cannot be read is the best there is to say. */
 async function readTokenFile(call: Call, variable: string): Promise<string> {
   const step = `reading ${variable}`;
   try {
@@ -1846,7 +1891,7 @@ function keepSecret(call: Call, ...secrets: readonly unknown[]): void {
  */
 function shown(call: Call, text: string): string {
   // What is not shown anyway is not worked on: a megabyte of hostile text would take seconds.
-  let line = text.slice(0, 9999).replace(/[\p{C}\p{Z}]+/gu, " ")
+  let line = text.slice(0, 10_000).replace(/[\p{C}\p{Z}]+/gu, " ")
     .replace(/[\w+/=.~%-]{40,}/g, "[cut]");
   // The longest first: a word of one secret may be the beginning of another.
   for (const secret of [...call.secrets].sort((left, right) => right.length - left.length)) {
@@ -2040,13 +2085,12 @@ async function main(args: string[]): Promise<void> {
     else await COMMANDS[command]?.[1](options);
   } catch (error) {
     process.exitCode = EXIT_INTERRUPTED;
-    if (!signal.aborted) {
-      if (!(error instanceof AembitAuthError)) throw error;
-      const { code, message, status } = error;
-      const json = JSON.stringify({ error: { code, message, status } });
-      tell(args.includes("--json") ? json : `aembit-auth: ${code}: ${message}`);
-      process.exitCode = ERRORS[code][0];
-    }
+    if (signal.aborted) return;
+    if (!(error instanceof AembitAuthError)) throw error;
+    const { code, message, status } = error;
+    const json = JSON.stringify({ error: { code, message, status } });
+    tell(args.includes("--json") ? json : `aembit-auth: ${code}: ${message}`);
+    process.exitCode = ERRORS[code][0];
   }
 }
 
@@ -2092,8 +2136,7 @@ function usage(): string {
 
 /** What cannot work is refused before Aembit is asked. */
 async function printCredentials(options: FlagOptions): Promise<void> {
-  const { outputFormat = "json" } = readTable(SWITCHES, options);
-  const format = String(outputFormat);
+  const format = String(readTable(SWITCHES, options)["outputFormat"] ?? "json");
   const fits = format !== "aws-credential-process" || options.credentialType === "AwsStsFederation";
   assertConfig(fits, `${format} needs --credential-type AwsStsFederation`);
   print(render(await new AembitAuth(options).getCredentials(options), format));
