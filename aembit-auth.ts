@@ -1641,8 +1641,11 @@ function pauseAfter(reply: Reply): number {
   return Math.random() * Math.min(BACKOFF_CAP_MS, BACKOFF_BASE_MS * 2 ** (reply.attempts - 1));
 }
 
+/** What one attempt has brought. */
+type Answer = Omit<Reply, "attempts">;
+
 /** One attempt: an answer, or why there was none. Only the end of the call is thrown. */
-async function attempt(call: Call, request: Outgoing): Promise<Omit<Reply, "attempts">> {
+async function attempt(call: Call, request: Outgoing): Promise<Answer> {
   const { method = "GET", url, headers = {}, timeoutMs = METADATA_ATTEMPT_MS } = request;
   const { fetch } = call;
   call.signal.throwIfAborted();
@@ -1651,22 +1654,22 @@ async function attempt(call: Call, request: Outgoing): Promise<Omit<Reply, "atte
   const { signal } = controller;
   const timer = setTimeout(() =>
     controller.abort(new Error(`no answer within ${timeoutMs} ms`)), timeoutMs);
-  let answer: Partial<Reply>;
+  let answer: Answer =
+    { call, request, status: 0, headers: new Headers(), bytes: undefined, text: "" };
   try {
     // The race is for transports that do not listen to their signal.
     const response = fetch(url, { method, headers, body, redirect: "manual", signal });
     const read = untilAborted(response.then(readAnswer), signal);
-    answer = await during(call, `waiting for ${labelOf(request)}`, read);
+    answer = { ...answer, ...(await during(call, `waiting for ${labelOf(request)}`, read)) };
   } catch (error) {
     call.signal.throwIfAborted();
-    answer = { cause: cleanError(call, error) };
+    answer = { ...answer, cause: cleanError(call, error) };
   } finally {
     clearTimeout(timer);
     // The unread rest of a body would keep the connection and its sender busy.
-    controller.abort();
+    if (!answer.bytes) controller.abort();
   }
-  const none = { status: 0, headers: new Headers(), bytes: undefined, text: "" };
-  return { call, request, ...none, ...answer };
+  return answer;
 }
 
 /** With the whole body, unless it is larger than anybody here has reason to send. */
