@@ -7001,6 +7001,34 @@ describe("corners", () => {
     assert.deepEqual(parts, [false, true]);
   });
 
+  it("credentials that are good serve on though ECS metadata never could be read", async () => {
+    cloud.tmds.fail(/v4/, { status: 403 }, 99);
+    const client = new AembitAuth({ env: cloud.env.ecs(), fetch: cloud.fetch });
+    await client.getToken();
+    cloud.ecs.fail(/credentials/, { status: 400 }, 99);
+    await client.getToken({ forceRefresh: true });
+    assert.equal(cloud.edge.issued.length, 2);
+  });
+
+  it("the IMDS token is kept where its answer does not say for how long", async () => {
+    const { accessKeyId, secretAccessKey, sessionToken } = cloud.accounts.ec2;
+    // Credentials without an end are read for each exchange.
+    cloud.imds.respond(/security-credentials\/.+/, () => ({ body: JSON.stringify({
+      Code: "Success", AccessKeyId: accessKeyId, SecretAccessKey: secretAccessKey,
+      Token: sessionToken,
+    }) }));
+    let puts = 0;
+    const fetch: typeof globalThis.fetch = async (input, init) => {
+      const response = await cloud.fetch(input, init);
+      if (init?.method !== "PUT") return response;
+      puts += 1;
+      return new Response(await response.text());
+    };
+    const client = new AembitAuth({ env: cloud.env.ec2(), fetch });
+    for (let count = 0; count < 3; count += 1) await client.getToken({ forceRefresh: true });
+    assert.equal(puts, 1);
+  });
+
   it("keys that the caller gave are cut out of what the metadata endpoint says", async () => {
     const secretAccessKey = "short-SECRET-key";
     cloud.tmds.fail(/v4/, { status: 400, body: JSON.stringify(`you sent ${secretAccessKey}`) });

@@ -437,15 +437,14 @@ async function gatherEvidence(call: Call): Promise<Evidence> {
   const { memory, signal } = call;
   let evidence = memory.evidence;
   const lifeLeftMs = (evidence?.credentials.expiration?.getTime() ?? 0) - clock(call);
-  if (!evidence || lifeLeftMs <= REREAD_BEFORE_EXPIRY_MS) {
+  // Without the documents that belong to it, it is read again for the next exchange.
+  const whole = evidence?.documents.ecs || call.ecsMetadata !== "auto" || !ecsMetadataBase(call);
+  if (!evidence || !whole || lifeLeftMs <= REREAD_BEFORE_EXPIRY_MS) {
     if (memory.reading?.ended !== false) {
       memory.reading = new Shared((own) => readEvidence({ ...call, signal: own, once: {} }));
     }
     try {
-      evidence = await memory.reading.join(signal);
-      // Without the documents that belong to it, it serves this once and is read again.
-      const whole = evidence.documents.ecs || call.ecsMetadata !== "auto" || !ecsMetadataBase(call);
-      memory.evidence = whole ? evidence : undefined;
+      memory.evidence = evidence = await memory.reading.join(signal);
     } catch (error) {
       signal.throwIfAborted();
       if (!evidence || lifeLeftMs <= 0) throw error;
@@ -1020,7 +1019,8 @@ const IMDS_ENDPOINTS: Readonly<Record<string, string>> = {
   ipv6: "http://[fd00:ec2::254]",
 };
 const IMDS_ENDPOINT = "AWS_EC2_METADATA_SERVICE_ENDPOINT";
-const IMDS_TTL = "X-aws-ec2-metadata-token-ttl-seconds";
+/** Six hours, the longest that IMDS grants: asked for in seconds, and kept for as long. */
+const IMDS_TOKEN_MS = 21_600_000;
 /** Off AWS nobody answers: two tries of a second each, and the error is there within three. */
 const IMDS_SEARCH_MS = 2_300;
 const IMDS_ROLES = "/meta-data/iam/security-credentials/";
@@ -1099,10 +1099,10 @@ async function fetchImdsToken(call: Call): Promise<string> {
     name: "IMDS token",
     method: "PUT",
     url: `${imdsEndpoint(call)}/api/token`,
-    headers: { [IMDS_TTL]: "21600" },
+    headers: { "X-aws-ec2-metadata-token-ttl-seconds": "21600" },
     deadlineMs: performance.now() + (call.source === "auto" ? IMDS_SEARCH_MS : Infinity),
   });
-  const { status, headers } = reply;
+  const { status } = reply;
   if (status === 0 || isRejection(status)) {
     const hint = "not on EC2, or a container's hop limit is not 2";
     throw failure(reply, noCredentials(call), hint);
@@ -1110,9 +1110,8 @@ async function fetchImdsToken(call: Call): Promise<string> {
   const value = expectOk(reply).text.trim();
   if (!isText(value)) throw failure(reply, "invalid_aws_credentials", "not a token");
   keepSecret(call, value);
-  // Without a life of its own it serves this call only.
-  const lifeMs = Number(headers.get(IMDS_TTL)) * 1000;
-  call.memory.token = { value, endsMs: clock(call) + lifeMs };
+  // Where it ends sooner than was asked for, a 401 will say so.
+  call.memory.token = { value, endsMs: clock(call) + IMDS_TOKEN_MS };
   return value;
 }
 
@@ -1237,7 +1236,7 @@ async function fetchInstanceIdentity(call: Call): Promise<InstanceIdentity> {
   const [document, signature] = await Promise.all([read("document"), read("signature")]);
   const oneLine = expectOk(signature).text.replace(/\s+/g, "");
   if (!/^[\w+/=]+$/.test(oneLine)) {
-    throw failure(signature, "metadata_unavailable", "not a signature");
+    throw failure(signature, "metadata_unavailable", "expected base64");
   }
   return {
     instanceIdentityDocument: toDocument(document),
